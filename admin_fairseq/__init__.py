@@ -1,0 +1,35 @@
+"""Admin for fairseq: Transformers too deep for anyone else's recipe.
+
+``fairseq-train DATA --user-dir admin_fairseq --arch transformer_admin_72 ...`` imports this package, which
+registers the architectures (:mod:`admin_fairseq.model`) and the profiling pre-pass (:mod:`admin_fairseq.hooks`).
+"""
+
+from admin_fairseq.errors import AdminError, install_excepthook
+
+install_excepthook()
+try:
+    from fairseq.models.transformer import TransformerEncoderBase  # noqa: F401  (new in fairseq 0.12)
+except ImportError as error:
+    raise ImportError(
+        "admin_fairseq needs fairseq 0.12 or newer, and none can be imported here"
+        f" ({error}): pip install fairseq-fixed==0.12.3.1, or fairseq==0.12.2 on Python 3.8 to 3.10"
+    ) from error
+
+from admin_fairseq import hooks  # noqa: E402
+from admin_fairseq.model import AdminTransformer, logn_omega, sub_layers  # noqa: E402
+from admin_fairseq.norm import OmegaLayerNorm  # noqa: E402
+from admin_fairseq.profiling import Profile, profile, read_profile  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = [
+    "AdminError",
+    "AdminTransformer",
+    "OmegaLayerNorm",
+    "Profile",
+    "logn_omega",
+    "profile",
+    "read_profile",
+    "sub_layers",
+]
+
+hooks.install()

@@ -1,0 +1,3 @@
+from admin_fairseq.cli import main
+
+main()

@@ -1,0 +1,148 @@
+"""The one place that touches fairseq: when a trainer is about to build its optimizer, omega gets its value.
+
+That is the last moment at which it can: half-precision optimizers then copy every parameter to fp32 masters.
+And it is the first at which everything else is there: the train split is loaded, the model is on its device
+and in its dtype, the process group is up, and a checkpoint, if any, has been restored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import functools
+import itertools
+import logging
+import os
+import random
+import time
+from typing import Iterator
+
+import fairseq
+import numpy as np
+import torch
+from fairseq.distributed import utils as distributed_utils
+from fairseq.trainer import Trainer
+
+from admin_fairseq.errors import AdminError
+from admin_fairseq.model import AdminTransformer, sub_layers
+from admin_fairseq.profiling import Sample, profile, read_profile
+
+logger = logging.getLogger(__name__)
+
+
+def install() -> None:
+    """Wrap ``Trainer._build_optimizer``, and let torch >= 2.6 load the checkpoints that fairseq writes."""
+    build_optimizer = Trainer._build_optimizer
+
+    @functools.wraps(build_optimizer)
+    def start_omega_then_build_optimizer(trainer: Trainer) -> None:
+        if isinstance(trainer.get_model(), AdminTransformer):
+            start_omega(trainer)
+        build_optimizer(trainer)
+
+    Trainer._build_optimizer = start_omega_then_build_optimizer
+
+    if hasattr(torch.serialization, "add_safe_globals"):
+        # torch.load refuses classes that are not listed. fairseq's checkpoints hold the command line as a
+        # Namespace and, with --eval-bleu, numpy arrays of n-gram counts.
+        reconstruct = np.zeros(0).__reduce__()[0]
+        scalar = np.float64(0).__reduce__()[0]
+        dtypes = {type(np.dtype(kind)) for kind in (np.float64, np.int64)}
+        torch.serialization.add_safe_globals([argparse.Namespace, np.ndarray, np.dtype, reconstruct, scalar, *dtypes])
+
+
+def start_omega(trainer: Trainer) -> None:
+    """Give omega its first value, unless a checkpoint or the architecture already did; say which in the log."""
+    model = trainer.get_model()
+    if model.omega_source == "unset":
+        file = model.cfg.admin_profile
+        if file is not None:
+            read_profile(file, len(sub_layers(model.encoder))).apply(model)
+            model.omega_source = file
+        else:
+            _profile(trainer)
+            return
+    elif model.cfg.admin_profile is not None:
+        logger.warning(f"--admin-profile {model.cfg.admin_profile} is not read: omega comes from {model.omega_source}")
+    logger.info(f"Admin: no profiling, omega from {model.omega_source}; {_first_and_last(model)}")
+
+
+def _profile(trainer: Trainer) -> None:
+    """The pre-pass on the first training batches of every worker."""
+    model, cfg = trainer.get_model(), trainer.cfg
+    started = time.time()
+
+    def reduce(moments: torch.Tensor) -> torch.Tensor:
+        if trainer.data_parallel_world_size > 1:
+            distributed_utils.all_reduce(moments, group=trainer.data_parallel_process_group)
+        return moments
+
+    with _random_state_kept(trainer.device):
+        trainer._set_seed()  # the dropout masks of the first update
+        samples = _first_samples(trainer, model.cfg.admin_profile_batches or 1)
+        with torch.autocast(trainer.device.type, enabled=cfg.common.amp):
+            result = profile(model, samples, reduce, progress=trainer.is_data_parallel_master)
+    result.settings = {
+        "arch": getattr(cfg.model, "_name", None),
+        "world_size": trainer.data_parallel_world_size,
+        "seed": cfg.common.seed,
+        "dtype": str(next(model.parameters()).dtype).replace("torch.", ""),
+        "fairseq": fairseq.__version__,
+        "torch": torch.__version__,
+    }
+    model.omega_source = "profiling"
+    line = (
+        f"Admin: profiled {len(result.encoder)} encoder and {len(result.decoder)} decoder sub-layers on"
+        f" {result.tokens.get('encoder', 0):,} source and {result.tokens.get('decoder', 0):,} target tokens"
+        f" in {time.time() - started:.1f} s; {_first_and_last(model)}"
+    )
+    if trainer.is_data_parallel_master and not cfg.checkpoint.no_save:
+        path = os.path.join(cfg.checkpoint.save_dir, "admin_profile.json")
+        result.write(path)
+        line += f"; written to {path}"
+    logger.info(line)
+
+
+def _first_and_last(model: AdminTransformer) -> str:
+    parts = []
+    for name, stack in model.stacks().items():
+        norms = list(sub_layers(stack).values())
+        if norms:
+            first, last = (norm.omega.float().mean().item() for norm in (norms[0], norms[-1]))
+            parts.append(f"{name} omega {first:.3f} to {last:.3f}")
+    return ", ".join(parts)
+
+
+def _first_samples(trainer: Trainer, count: int) -> list[Sample]:
+    """The batches that this worker's first ``count`` updates will see, without consuming them."""
+    cfg = trainer.cfg
+    epoch_itr = trainer.get_train_iterator(
+        epoch=1, load_dataset=False, disable_iterator_cache=trainer.task.has_sharded_data("train")
+    )
+    epoch_itr = copy.copy(epoch_itr)  # the trainer's own may be cached and must not move
+    epoch_itr.num_workers = epoch_itr.buffer_size = 0
+    epoch_itr.persistent_workers = False
+    batches = epoch_itr.next_epoch_itr(
+        shuffle=epoch_itr.next_epoch_idx > cfg.dataset.curriculum,
+        fix_batches_to_gpus=cfg.distributed_training.fix_batches_to_gpus,
+    )
+    samples = []
+    for batch in itertools.islice(batches, count):
+        # a worker whose shard has run out runs fairseq's dummy batch, which does not count
+        sample, is_dummy = trainer._prepare_sample(batch)
+        if "net_input" not in sample or "prev_output_tokens" not in sample["net_input"]:
+            raise AdminError(
+                f"task {cfg.task._name} does not feed an encoder and a decoder; train with --admin-init logn"
+            )
+        samples.append((sample["net_input"], not is_dummy))
+    return samples
+
+
+@contextlib.contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else []):
+        yield
+    np.random.set_state(numpy_state)
+    random.setstate(python_state)

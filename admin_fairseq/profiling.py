@@ -1,0 +1,289 @@
+"""The profiling pre-pass: from the variances of the residual branches to the first value of each omega.
+
+Per stack, in forward order, starting from r = 1:
+
+    omega_i = r;   r = sqrt(Var[omega_i * x_{i-1}] + Var[dropout(f_i)])
+
+omega_i is applied at once, so deeper sub-layers are measured in the network that will be trained. Since
+Var[x_{i-1}] is 1 behind a LayerNorm, omega_i is about sqrt(1 + sum_{j<i} Var[f_j]). The rule is the authors'
+(Liu et al. 2020, section 4.3, and their code); padding positions are left out of every variance here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import threading
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, Callable, Dict, Sequence, Tuple
+
+import torch
+from fairseq.modules import LayerDropModuleList
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from admin_fairseq.errors import AdminError
+from admin_fairseq.model import AdminTransformer, set_omega, sub_layers
+from admin_fairseq.norm import OmegaLayerNorm
+
+logger = logging.getLogger(__name__)
+
+STACKS = ("encoder", "decoder")
+
+Sample = Tuple[Dict[str, Any], bool]
+
+
+@dataclass
+class Profile:
+    """omega's first values and what they were measured on.
+
+    ``encoder`` and ``decoder`` hold one omega a sub-layer in forward order (2 an encoder layer, 3 a decoder
+    layer). ``branch_variance`` holds Var[dropout(f_i)] in the same order, ``tokens`` the number of positions
+    measured in each stack (padding left out, all batches and workers together).
+    """
+
+    encoder: list[float]
+    decoder: list[float]
+    version: int = 1
+    branch_variance: dict[str, list[float]] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    batches: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def apply(self, model: AdminTransformer) -> None:
+        """Fill the model's omegas.
+
+        Raises:
+            AdminError: the profile is of a model of another depth.
+        """
+        for name, stack in model.stacks().items():
+            norms, values = sub_layers(stack), getattr(self, name)
+            if len(values) != len(norms):
+                raise AdminError(
+                    f"the profile has {len(values)} {name} sub-layers, the model {len(norms)}"
+                    " (2 an encoder layer, 3 a decoder layer); profile this model, or set --encoder-layers and"
+                    " --decoder-layers to the profile's depth"
+                )
+        for name, stack in model.stacks().items():
+            if getattr(self, name)[:1] not in ([], [1.0]):
+                logger.warning(
+                    f"the profile's first {name} omega, {getattr(self, name)[0]}, is not used: it is fixed at 1"
+                )
+            set_omega(sub_layers(stack).values(), [1.0, *getattr(self, name)[1:]])
+
+    def write(self, path: str) -> None:
+        """Write JSON; the file appears whole or not at all."""
+        partial_path = f"{path}.tmp"
+        with open(partial_path, "w", encoding="utf-8") as out:
+            json.dump(asdict(self), out, indent=1)
+            out.write("\n")
+        os.replace(partial_path, path)
+
+
+def read_profile(path: str, encoder_sub_layers: int | None = None) -> Profile:
+    """Read our ``admin_profile.json`` or the authors' ``profile.ratio.init``.
+
+    The authors write one omega a line, encoder first, with (Transformer-Clinic) or without (deepnmt) the
+    sub-layer's number before it. The decoder begins where the numbers restart, or at the second omega 1;
+    only where neither is there does ``encoder_sub_layers`` tell.
+
+    Raises:
+        AdminError: the file is missing or malformed, or an omega is not finite and positive.
+    """
+    try:
+        with open(path, encoding="utf-8") as lines:
+            text = lines.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdminError(f"cannot read the profile {path}: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        if text.lstrip().startswith("{"):
+            content = json.loads(text)
+            profile = Profile(**{name: [float(omega) for omega in content[name]] for name in STACKS})
+        else:
+            profile = _parse_authors_profile(text, encoder_sub_layers)
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdminError(
+            f"the profile {path} is malformed ({type(error).__name__}: {error}); expected an admin_profile.json"
+            ' with lists "encoder" and "decoder", or a profile.ratio.init'
+        ) from error
+    for name in STACKS:
+        for number, omega in enumerate(getattr(profile, name), start=1):
+            if not (math.isfinite(omega) and omega > 0):
+                raise AdminError(
+                    f"the profile {path} holds omega {omega} for {name} sub-layer {number}; omega must be finite"
+                    " and positive"
+                )
+    return profile
+
+
+def _parse_authors_profile(text: str, encoder_sub_layers: int | None) -> Profile:
+    rows = [[float(part) for part in line.split()] for line in text.splitlines() if line.strip()]
+    if not rows or {len(row) for row in rows} not in ({1}, {2}):
+        raise ValueError("expected one omega a line, or a number and an omega")
+    omegas = [row[-1] for row in rows]
+    ones = [index for index, row in enumerate(rows) if row[0] == 1.0]
+    split = ones[1] if len(ones) == 2 else encoder_sub_layers
+    if split is None:
+        raise ValueError("cannot tell where the decoder begins")
+    return Profile(encoder=omegas[:split], decoder=omegas[split:])
+
+
+class _Turns:
+    """Runs functions in threads of which only one runs at a time; :meth:`next` hands over to the next.
+
+    So several batches go through the model in step, sub-layer by sub-layer, their statistics pooled as if
+    they were one batch, in an order that is always the same (dropout draws from one random generator).
+    """
+
+    def __init__(self, functions: Sequence[Callable[[], None]]) -> None:
+        self.functions = functions
+        self.now = 0
+        self._error: BaseException | None = None
+        self._may_run = [threading.Semaphore(0) for _ in functions]
+
+    def run(self) -> None:
+        if len(self.functions) == 1:  # next() then gives the turn back to its caller
+            return self.functions[0]()
+        threads = [threading.Thread(target=self._thread, args=(number,)) for number in range(len(self.functions))]
+        for thread in threads:
+            thread.start()
+        self._may_run[0].release()
+        for thread in threads:
+            thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def next(self) -> None:
+        me = self.now
+        self._hand_over()
+        self._may_run[me].acquire()
+        if self._error is not None:
+            raise self._error
+
+    def _thread(self, number: int) -> None:
+        self._may_run[number].acquire()
+        try:
+            if self._error is None:
+                self.functions[number]()
+        except BaseException as error:  # run() raises it in the caller's thread
+            self._error = error
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        self.now = (self.now + 1) % len(self.functions)
+        self._may_run[self.now].release()
+
+
+def _moments(values: Tensor) -> Tensor:
+    """[count, sum, sum of squares] of all elements, in float64; moments of parts add up."""
+    values = values.double()
+    return torch.stack([values.new_tensor(values.numel()), values.sum(), values.square().sum()])
+
+
+def _variance(moments: Tensor) -> float:
+    """Population variance, as the authors' numpy.var; not a number where nothing was counted."""
+    count, total, squares = moments.tolist()
+    return squares / count - (total / count) ** 2 if count else math.nan
+
+
+class _PrePass:
+    """Observes every sub-layer of a model and sets its omega before it is applied."""
+
+    def __init__(
+        self, model: AdminTransformer, samples: Sequence[Sample], reduce: Callable[[Tensor], Tensor], bar: tqdm
+    ) -> None:
+        self.model, self.samples, self.reduce, self.bar = model, samples, reduce, bar
+        self.turns = _Turns([partial(self._forward, sample) for sample in samples])
+        self.omega: dict[str, list[float]] = {name: [] for name in STACKS}
+        self.branch_variance: dict[str, list[float]] = {name: [] for name in STACKS}
+        self.tokens: dict[str, int] = {}
+        self._next_omega = dict.fromkeys(STACKS, 1.0)
+        self._pooled: Tensor | None = None
+
+    def run(self) -> None:
+        norms = {
+            norm: partial(self._observe, stack, name)
+            for stack, module in self.model.stacks().items()
+            for name, norm in sub_layers(module).items()
+        }
+        try:
+            for norm, observer in norms.items():
+                norm.observer = observer
+            self.turns.run()
+        finally:
+            for norm in norms:
+                norm.observer = None
+
+    def _forward(self, sample: Sample) -> None:
+        net_input, _ = sample
+        with torch.no_grad():  # a thread starts with gradients on
+            self.model(**net_input, features_only=True)
+
+    def _observe(self, stack: str, name: str, norm: OmegaLayerNorm, x: Tensor, f: Tensor) -> None:
+        """x and f are (time, batch, d): the shortcut and the residual branch after dropout."""
+        omega = self._next_omega[stack]
+        norm.omega.fill_(omega)
+
+        net_input, counted = self.samples[self.turns.now]
+        tokens = net_input["src_tokens" if stack == "encoder" else "prev_output_tokens"]
+        keep = tokens.ne(self.model.stacks()[stack].padding_idx).t() & counted  # (time, batch)
+        moments = torch.stack([_moments((x * norm.omega)[keep]), _moments(f[keep])])
+        self._pooled = moments if self._pooled is None else self._pooled + moments
+        self.bar.update()
+
+        if self.turns.now == len(self.samples) - 1:
+            pooled, self._pooled = self.reduce(self._pooled), None
+            shortcut, branch = _variance(pooled[0]), _variance(pooled[1])
+            self._next_omega[stack] = math.sqrt(shortcut + branch) if shortcut + branch > 0 else math.nan
+            if not math.isfinite(self._next_omega[stack]):
+                raise AdminError(
+                    f"profiling {stack}.{name}: Var[omega * x] = {shortcut}, Var[f] = {branch} on the first training"
+                    " batch; check the data and --fp16, or start from --admin-init logn"
+                )
+            self.omega[stack].append(omega)
+            self.branch_variance[stack].append(branch)
+            self.tokens[stack] = int(pooled[0, 0]) // x.shape[-1]
+        self.turns.next()
+
+
+def profile(
+    model: AdminTransformer,
+    samples: Sequence[Sample],
+    reduce: Callable[[Tensor], Tensor] = lambda moments: moments,
+    progress: bool = False,
+) -> Profile:
+    """Run the pre-pass: one forward pass a sample, in train mode and without gradients, and set every omega.
+
+    All samples, and with ``reduce`` those of all workers, count as one batch. Random numbers are drawn from
+    the global generators. Everything but omega is left as it was found.
+
+    Args:
+        samples: pairs (net_input, counted): the model's keyword arguments, with ``src_tokens`` and
+            ``prev_output_tokens`` (batch, time), on its device; and whether the sample enters the statistics.
+        reduce: sums a small float64 tensor over all workers.
+        progress: show a bar on stderr once the pre-pass takes longer than three seconds.
+
+    Raises:
+        AdminError: a variance is not finite.
+    """
+    was_training = model.training
+    model.train()
+    for module in model.modules():
+        # LayerDrop would skip sub-layers; quantisation noise overwrites the weights it is applied to
+        if isinstance(module, (LayerDropModuleList, nn.Linear, nn.Embedding)):
+            module.training = False
+    total = len(samples) * sum(len(sub_layers(stack)) for stack in model.stacks().values())
+    try:
+        with tqdm(
+            total=total, desc="Admin pre-pass", unit="sub-layer", delay=3, leave=False, disable=not progress
+        ) as bar:
+            pre_pass = _PrePass(model, samples, reduce, bar)
+            pre_pass.run()
+    finally:
+        model.train(was_training)
+    return Profile(
+        **pre_pass.omega, branch_variance=pre_pass.branch_variance, tokens=pre_pass.tokens, batches=len(samples)
+    )

@@ -1,0 +1,211 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from admin_fairseq import AdminError, Profile, profile, read_profile, sub_layers
+
+NO_DROPOUT = ["--dropout", "0"]
+
+
+def authors_rule(model, net_input):
+    """The authors' formulation, written out over fairseq's own sub-modules and numpy.
+
+    Returns omega by stack; leaves the model alone. Padding positions are cut out of every variance.
+    """
+    result = {}
+
+    def sub_layer(norm, x, f, r, keep):
+        shortcut = x * r
+        omegas.append(r)
+        values = [h.detach().numpy()[keep.numpy()].ravel() for h in (shortcut, f)]
+        r = math.sqrt(np.var(values[0], dtype=np.float64) + np.var(values[1], dtype=np.float64))
+        return torch.nn.functional.layer_norm(shortcut + f, x.shape[-1:], norm.weight, norm.bias), r
+
+    def ffn(layer, x):
+        return layer.fc2(torch.relu(layer.fc1(x)))
+
+    source, target = net_input["src_tokens"], net_input["prev_output_tokens"]
+    pad = model.encoder.padding_idx
+    source_pad, target_pad = source.eq(pad), target.eq(pad)
+
+    omegas, r, keep = [], 1.0, ~source_pad.t()
+    x, _ = model.encoder.forward_embedding(source)
+    x = (x * keep.t().unsqueeze(-1)).transpose(0, 1)
+    for layer in model.encoder.layers:
+        f, _ = layer.self_attn(x, x, x, key_padding_mask=source_pad)
+        x, r = sub_layer(layer.self_attn_layer_norm, x, f, r, keep)
+        x, r = sub_layer(layer.final_layer_norm, x, ffn(layer, x), r, keep)
+    memory, result["encoder"] = x, omegas
+
+    omegas, r, keep = [], 1.0, ~target_pad.t()
+    decoder = model.decoder
+    x = (decoder.embed_scale * decoder.embed_tokens(target) + decoder.embed_positions(target)).transpose(0, 1)
+    future = torch.full((len(x), len(x)), -math.inf).triu(1)
+    for layer in decoder.layers:
+        f, _ = layer.self_attn(x, x, x, key_padding_mask=target_pad, attn_mask=future)
+        x, r = sub_layer(layer.self_attn_layer_norm, x, f, r, keep)
+        f, _ = layer.encoder_attn(x, memory, memory, key_padding_mask=source_pad, static_kv=True)
+        x, r = sub_layer(layer.encoder_attn_layer_norm, x, f, r, keep)
+        x, r = sub_layer(layer.final_layer_norm, x, ffn(layer, x), r, keep)
+    result["decoder"] = omegas
+    return result
+
+
+@pytest.mark.parametrize("same_length", [True, False], ids=["no padding", "padding"])
+def test_omega_follows_the_authors_rule(build, batch, same_length):
+    model, _, _ = build("transformer_admin", *NO_DROPOUT)
+    net_input = batch(same_length=same_length)["net_input"]
+    assert net_input["src_tokens"].eq(model.encoder.padding_idx).any() != same_length
+    expected = authors_rule(model, net_input)
+    result = profile(model, [(net_input, True)])
+    for name, stack in model.stacks().items():
+        assert getattr(result, name) == pytest.approx(expected[name], rel=1e-5)
+        filled = [norm.omega.unique().item() for norm in sub_layers(stack).values()]
+        assert filled == pytest.approx(expected[name], rel=1e-5)
+    assert result.tokens == {
+        "encoder": net_input["src_tokens"].ne(1).sum(),
+        "decoder": net_input["prev_output_tokens"].ne(1).sum(),
+    }
+
+
+def test_padding_does_not_enter(build, batch):
+    """The same sentences with ten more columns of padding give the same omega."""
+    model, _, _ = build("transformer_admin", *NO_DROPOUT)
+    net_input = batch()["net_input"]
+    padded = dict(net_input)
+    for key, side in (("src_tokens", (10, 0)), ("prev_output_tokens", (0, 10))):
+        padded[key] = torch.nn.functional.pad(net_input[key], side, value=model.encoder.padding_idx)
+    expected, actual = profile(model, [(net_input, True)]), profile(model, [(padded, True)])
+    assert actual.encoder == pytest.approx(expected.encoder, rel=1e-5)
+    assert actual.decoder == pytest.approx(expected.decoder, rel=1e-5)
+
+
+def test_variance_is_measured_after_dropout(build, batch):
+    """Dropout p scales Var[f] by about 1 / (1 - p)."""
+    net_input = batch(64)["net_input"]
+    plain, _, _ = build("transformer_admin", "--encoder-layers", "1", *NO_DROPOUT)
+    dropped, _, _ = build("transformer_admin", "--encoder-layers", "1", *NO_DROPOUT)
+    for norm in sub_layers(dropped.encoder).values():
+        norm.dropout.p = 0.5
+    before = profile(plain, [(net_input, True)]).branch_variance["encoder"][0]
+    assert profile(dropped, [(net_input, True)]).branch_variance["encoder"][0] == pytest.approx(2 * before, rel=0.1)
+
+
+def test_several_batches_count_as_one(build, batch):
+    """Three batches, of other lengths and sizes, against one batch of the same sentences."""
+    model, _, _ = build("transformer_admin", *NO_DROPOUT)
+    parts = [(batch(count, start)["net_input"], True) for count, start in ((8, 0), (3, 8), (13, 11))]
+    whole = profile(model, [(batch(24)["net_input"], True)])
+    pooled = profile(model, parts)
+    assert pooled.encoder == pytest.approx(whole.encoder, rel=1e-5)
+    assert pooled.decoder == pytest.approx(whole.decoder, rel=1e-5)
+    assert pooled.tokens == whole.tokens
+
+
+def test_several_batches_are_reproducible_with_dropout(build, batch):
+    model, _, _ = build("transformer_admin", "--dropout", "0.3")
+    parts = [(batch(8, start)["net_input"], True) for start in (0, 8, 16)]
+    torch.manual_seed(1)
+    first = profile(model, parts)
+    torch.manual_seed(1)
+    assert profile(model, parts) == first
+
+
+def test_a_batch_that_does_not_count(build, batch):
+    """What a worker with an empty shard runs."""
+    model, _, _ = build("transformer_admin", *NO_DROPOUT)
+    real, dummy = batch(8)["net_input"], batch(8, 8)["net_input"]
+    assert profile(model, [(dummy, False), (real, True)]).encoder == pytest.approx(
+        profile(model, [(real, True)]).encoder, rel=1e-6
+    )
+
+
+def test_reduce_sees_every_sub_layer_and_its_result_is_used(build, batch):
+    model, _, _ = build("transformer_admin", *NO_DROPOUT)
+    sample = (batch()["net_input"], True)
+    seen = []
+    doubled = profile(model, [sample], reduce=lambda moments: seen.append(moments) or 2 * moments)
+    assert len(seen) == len(doubled.encoder) + len(doubled.decoder)
+    assert {moments.dtype for moments in seen} == {torch.float64}
+    once = profile(model, [sample])
+    assert doubled.encoder == pytest.approx(once.encoder)
+    assert doubled.tokens == {name: 2 * count for name, count in once.tokens.items()}
+
+
+def test_leaves_everything_but_omega_alone(build, batch):
+    model, _, _ = build("transformer_admin", "--encoder-layerdrop", "0.5", "--quant-noise-pq", "0.5")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    modes = [module.training for module in model.eval().modules()]
+    result = profile(model, [(batch()["net_input"], True)])
+    assert len(result.encoder) == 6  # LayerDrop dropped nothing
+    assert [module.training for module in model.modules()] == modes
+    assert all(norm.observer is None for norm in sub_layers(model).values())
+    for name, weight in model.state_dict().items():
+        assert name.endswith(".omega") or torch.equal(weight, before[name]), name
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_variance_that_is_not_finite(build, batch, batches):
+    model, _, _ = build("transformer_admin")
+    with torch.no_grad():
+        model.encoder.layers[1].fc2.weight[0, 0] = math.inf
+    with pytest.raises(AdminError, match=r"encoder\.layers\.1\.final_layer_norm"):
+        profile(model, [(batch()["net_input"], True)] * batches)
+
+
+def test_profile_file_round_trip(tmp_path):
+    written = Profile(encoder=[1.0, 4 / 3], decoder=[1.0, math.pi, math.e], tokens={"encoder": 7})
+    written.write(str(tmp_path / "p.json"))
+    read = read_profile(str(tmp_path / "p.json"))
+    assert (read.encoder, read.decoder) == (written.encoder, written.decoder)
+    assert json.loads((tmp_path / "p.json").read_text())["version"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
+
+
+@pytest.mark.parametrize("numbered", [True, False], ids=["Transformer-Clinic", "deepnmt"])
+def test_authors_profile(tmp_path, numbered):
+    stacks = [1.0, 1.3190397024154663, 1.4550316333770752, 1.5123295783996582], [1.0, 1.3425869941711426, 1.48]
+    path = tmp_path / "profile.ratio.init"
+    rows = [f"{n} {omega}" if numbered else f"{omega}" for stack in stacks for n, omega in enumerate(stack, 1)]
+    path.write_text("\n".join(rows) + "\n")
+    read = read_profile(str(path))
+    assert (read.encoder, read.decoder) == stacks
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"encoder": [1.0]', "malformed"),
+        ('{"encoder": [1.0]}', "malformed"),
+        ('{"encoder": 1.0, "decoder": [1.0]}', "malformed"),
+        ('{"encoder": ["x"], "decoder": [1.0]}', "malformed"),
+        ('{"encoder": [1.0, NaN], "decoder": [1.0]}', "omega nan for encoder sub-layer 2"),
+        ('{"encoder": [1.0], "decoder": [1.0, Infinity]}', "omega inf for decoder sub-layer 2"),
+        ('{"encoder": [1.0, -1], "decoder": [1.0]}', "omega -1.0"),
+        ('{"encoder": [0], "decoder": [1.0]}', "omega 0.0"),
+        ("hello\n", "malformed"),
+        ("", "malformed"),
+        ("1 1.0\n2\n", "malformed"),
+    ],
+)
+def test_bad_profiles(tmp_path, text, message):
+    path = tmp_path / "p"
+    path.write_text(text)
+    with pytest.raises(AdminError, match=message) as error:
+        read_profile(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_profile(tmp_path):
+    with pytest.raises(AdminError, match="No such file"):
+        read_profile(str(tmp_path / "nope"))
+
+
+def test_profile_of_another_depth(build):
+    model, _, _ = build("transformer_admin")
+    with pytest.raises(AdminError, match="4 encoder sub-layers, the model 6"):
+        Profile(encoder=[1.0] * 4, decoder=[1.0] * 6).apply(model)
+    assert all(norm.omega.eq(1).all() for norm in sub_layers(model).values())
