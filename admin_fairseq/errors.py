@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import traceback
 from types import TracebackType
 
 DATA_HINT = "DATA is the folder that fairseq-preprocess wrote (its --destdir), with dict.<lang>.txt, train and valid"
@@ -28,23 +29,30 @@ def explain(error: BaseException | None) -> str | None:
             return f"{missing} ({DATA_HINT})"
         if text.startswith("Could not infer language pair"):
             return f"no training data found; give --source-lang and --target-lang, or check DATA ({DATA_HINT})"
-        if text.startswith("The dataset is empty"):
+        if _says_empty_data(error):
             return (
-                "the training set is empty: train.* in DATA holds no usable pair"
-                " (none at all, or all are longer than --max-tokens or the maximum positions)"
+                "a data set is empty: train or valid in DATA holds no pair at all, or none that fits --max-tokens and"
+                " the maximum positions, or fewer pairs than --required-batch-size-multiple"
             )
         error = error.__cause__ or error.__context__
     return None
+
+
+def _says_empty_data(error: BaseException) -> bool:
+    """The three ways in which fairseq 0.12 finds out."""
+    if str(error).startswith(("The dataset is empty", "cannot mmap an empty file")):
+        return True
+    return isinstance(error, IndexError) and traceback.extract_tb(error.__traceback__)[-1].name == "batch_by_size"
 
 
 def install_excepthook() -> None:
     """Print :func:`explain`'s line instead of a traceback when such an error ends the process."""
     previous = sys.excepthook
 
-    def excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         line = explain(error)
         if line is None:
-            previous(kind, error, traceback)
+            previous(kind, error, trace)
         else:
             print(f"admin_fairseq: error: {line}", file=sys.stderr)
 

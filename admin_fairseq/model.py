@@ -160,8 +160,14 @@ class AdminTransformer(TransformerModel):
         return {"encoder": self.encoder, "decoder": self.decoder}
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> None:
-        """Whatever is loaded brings its own omega; a stock Post-LN checkpoint brings omega 1."""
+        """Whatever is loaded brings its own omega; a stock Post-LN checkpoint brings omega 1.
+
+        Raises:
+            AdminError: the checkpoint is of a Pre-LN model.
+        """
         super().upgrade_state_dict_named(state_dict, name)
+        if "encoder.layer_norm.weight" in state_dict or "decoder.layer_norm.weight" in state_dict:
+            raise AdminError("the checkpoint is of a Pre-LN model; Admin can continue Post-LN models only")
         self.omega_source = "the checkpoint"
         for key in list(state_dict):
             layer = re.fullmatch(r"((?:en|de)coder\.layers\.\d+)\.(\w+)(\.weight)?", key)

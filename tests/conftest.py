@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "demo")]
 
 import grammar  # noqa: E402
 
-import admin_fairseq  # noqa: E402
+import admin_fairseq  # noqa: E402, F401  (registers the architectures, lets torch.load read checkpoints)
 
 TINY = [
     *("--encoder-embed-dim", "32", "--encoder-ffn-embed-dim", "64"),
@@ -41,12 +41,12 @@ class Result:
     def __init__(self, finished: subprocess.CompletedProcess) -> None:
         self.code, self.output = finished.returncode, finished.stdout
 
-    def losses(self) -> Dict[int, str]:
+    def losses(self) -> dict[int, str]:
         """The training loss by update, as printed."""
         rows = [json.loads(row) for row in re.findall(r"train_inner \| (\{.*\})", self.output)]
         return {int(row["num_updates"]): row["loss"] + " " + row["gnorm"] for row in rows}
 
-    def lines(self, needle: str) -> List[str]:
+    def lines(self, needle: str) -> list[str]:
         return [line for line in self.output.splitlines() if needle in line]
 
 
@@ -76,11 +76,11 @@ def train(data: Path, save_dir: Path, *arguments: Any, arch: str = "transformer_
     )
 
 
-def checkpoint(path: Path) -> Dict[str, Any]:
+def checkpoint(path: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu")
 
 
-def write_split(folder: Path, split: str, pairs: List[Any]) -> None:
+def write_split(folder: Path, split: str, pairs: list[Any]) -> None:
     for side, language in enumerate(("de", "en")):
         (folder / f"{split}.{language}").write_text("".join(pair[side] + "\n" for pair in pairs), encoding="utf-8")
 
@@ -120,7 +120,7 @@ def build(data: Path):
 def batch(build):
     """batch(sentences) -> a collated training sample; ``same_length`` keeps padding out."""
 
-    def batch(count: int = 8, start: int = 0, same_length: bool = False) -> Dict[str, Any]:
+    def batch(count: int = 8, start: int = 0, same_length: bool = False) -> dict[str, Any]:
         _, task, _ = build("transformer")
         task.load_dataset("train")
         dataset = task.dataset("train")

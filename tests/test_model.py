@@ -104,7 +104,7 @@ def test_unit_omega_is_the_stock_transformer(build, batch, shared):
 
 def test_evaluation_uses_omega(build, batch):
     """fairseq 0.12.2 evaluates a freshly loaded Post-LN encoder by a fused kernel that knows no omega."""
-    model, task, cfg = build("transformer_admin", "--dropout", "0")
+    model, _, _ = build("transformer_admin", "--dropout", "0")
     with torch.no_grad():
         for stack in (model.encoder, model.decoder):
             for norm in sub_layers(stack).values():

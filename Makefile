@@ -1,0 +1,43 @@
+# make demo and make test set themselves up in $(VENV); choose another interpreter by PYTHON=python3.12
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test test-slow clean
+
+help:
+	@echo "make demo       train an 18-18 Transformer as Post-LN, Pre-LN and Admin, compare and draw (about 10 minutes)"
+	@echo "make test       lint and tests (about 5 minutes)"
+	@echo "make test-slow  tests that take minutes each: 72 layers at full width"
+	@echo "make clean      remove the environment and the demo's output"
+
+demo: $(READY)
+	$(BIN)/python examples/demo/demo.py
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+$(READY): requirements.txt requirements-fairseq.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
+		{ echo "The pinned environment needs Python 3.11 or 3.12; say which, for example: make demo PYTHON=python3.12"; exit 1; }
+	@echo "Setting up in $(VENV), once."
+	@echo "1/4  virtual environment, $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "2/4  torch and other packages of requirements.txt"
+	@$(PIP) -r requirements.txt
+	@echo "3/4  fairseq (on Python 3.11 it is compiled here: about two minutes of silence)"
+	@CFLAGS="-O0 -g0" $(PIP) --no-deps --no-build-isolation --require-hashes -r requirements-fairseq.txt
+	@echo "4/4  admin_fairseq itself"
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+	@echo "Ready."
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info
