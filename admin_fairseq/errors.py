@@ -42,7 +42,8 @@ def _says_empty_data(error: BaseException) -> bool:
     """The three ways in which fairseq 0.12 finds out."""
     if str(error).startswith(("The dataset is empty", "cannot mmap an empty file")):
         return True
-    return isinstance(error, IndexError) and traceback.extract_tb(error.__traceback__)[-1].name == "batch_by_size"
+    raised_in = [frame.name for frame in traceback.extract_tb(error.__traceback__)[-1:]]
+    return isinstance(error, IndexError) and raised_in == ["batch_by_size"]
 
 
 def install_excepthook() -> None:
@@ -55,5 +56,6 @@ def install_excepthook() -> None:
             previous(kind, error, trace)
         else:
             print(f"admin_fairseq: error: {line}", file=sys.stderr)
+            sys.unraisablehook = lambda _: None  # destructors of half-built objects would print tracebacks below it
 
     sys.excepthook = excepthook
