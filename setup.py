@@ -14,7 +14,7 @@ setup(
     license="MIT",
     packages=["admin_fairseq"],
     python_requires=">=3.8",
-    install_requires=["torch>=1.12", "numpy", "tqdm", "sacrebleu", "sacremoses", "subword-nmt"],
+    install_requires=["torch>=1.12", "numpy", "tqdm>=4.58", "sacrebleu", "sacremoses", "subword-nmt"],
     extras_require={
         # Never a hard requirement: PyPI's fairseq, fairseq-fixed and a git checkout all provide the module
         # "fairseq", and installing one over another breaks both.

@@ -37,8 +37,14 @@ def install() -> None:
 
     @functools.wraps(build_optimizer)
     def start_omega_then_build_optimizer(trainer: Trainer) -> None:
-        if isinstance(trainer.get_model(), AdminTransformer):
+        model = trainer.get_model()
+        if isinstance(model, AdminTransformer):
             start_omega(trainer)
+        elif isinstance(getattr(model, "module", None), AdminTransformer) and model.module.omega_source == "unset":
+            raise AdminError(
+                "--ddp-backend fully_sharded splits the parameters before they can be profiled; use --admin-init logn,"
+                " or another --ddp-backend"
+            )
         build_optimizer(trainer)
 
     Trainer._build_optimizer = start_omega_then_build_optimizer
@@ -81,7 +87,7 @@ def _profile(trainer: Trainer) -> None:
     with _random_state_kept(trainer.device):
         trainer._set_seed()  # the dropout masks of the first update
         samples = _first_samples(trainer, model.cfg.admin_profile_batches or 1)
-        with torch.autocast(trainer.device.type, enabled=cfg.common.amp):
+        with torch.autocast("cuda", enabled=cfg.common.amp and trainer.cuda):
             result = profile(model, samples, reduce, progress=trainer.is_data_parallel_master)
     result.settings = {
         "arch": getattr(cfg.model, "_name", None),

@@ -31,6 +31,7 @@ from admin_fairseq.norm import OmegaLayerNorm
 
 logger = logging.getLogger(__name__)
 
+VERSION = 1  # of the profile file
 STACKS = ("encoder", "decoder")
 
 Sample = Tuple[Dict[str, Any], bool]
@@ -47,7 +48,6 @@ class Profile:
 
     encoder: list[float]
     decoder: list[float]
-    version: int = 1
     branch_variance: dict[str, list[float]] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     batches: int = 0
@@ -78,7 +78,7 @@ class Profile:
         """Write JSON; the file appears whole or not at all."""
         partial_path = f"{path}.tmp"
         with open(partial_path, "w", encoding="utf-8") as out:
-            json.dump(asdict(self), out, indent=1)
+            json.dump({"version": VERSION, **asdict(self)}, out, indent=1)
             out.write("\n")
         os.replace(partial_path, path)
 
@@ -101,6 +101,8 @@ def read_profile(path: str, encoder_sub_layers: int | None = None) -> Profile:
     try:
         if text.lstrip().startswith("{"):
             content = json.loads(text)
+            if content.get("version", VERSION) != VERSION:
+                raise ValueError(f"version {content['version']}; this admin_fairseq reads version {VERSION}")
             profile = Profile(**{name: [float(omega) for omega in content[name]] for name in STACKS})
         else:
             profile = _parse_authors_profile(text, encoder_sub_layers)
@@ -196,6 +198,7 @@ class _PrePass:
         self, model: AdminTransformer, samples: Sequence[Sample], reduce: Callable[[Tensor], Tensor], bar: tqdm
     ) -> None:
         self.model, self.samples, self.reduce, self.bar = model, samples, reduce, bar
+        self.autocast = torch.is_autocast_enabled()
         self.turns = _Turns([partial(self._forward, sample) for sample in samples])
         self.omega: dict[str, list[float]] = {name: [] for name in STACKS}
         self.branch_variance: dict[str, list[float]] = {name: [] for name in STACKS}
@@ -219,7 +222,9 @@ class _PrePass:
 
     def _forward(self, sample: Sample) -> None:
         net_input, _ = sample
-        with torch.no_grad():  # a thread starts with gradients on
+        device = net_input["src_tokens"].device
+        # a thread starts with gradients on, autocast off and the first GPU (which -1 leaves as it is)
+        with torch.no_grad(), torch.autocast("cuda", enabled=self.autocast), torch.cuda.device(device.index or -1):
             self.model(**net_input, features_only=True)
 
     def _observe(self, stack: str, name: str, norm: OmegaLayerNorm, x: Tensor, f: Tensor) -> None:
