@@ -31,12 +31,12 @@ METHODS = {
     "Admin": ("--arch", "transformer_admin"),
 }
 MODEL = (
-    *("--encoder-embed-dim", 64, "--encoder-ffn-embed-dim", 128, "--share-all-embeddings", "--dropout", 0.1),
+    *("--encoder-embed-dim", 64, "--encoder-ffn-embed-dim", 128, "--share-all-embeddings", "--dropout", 0),
     *("--encoder-attention-heads", 4, "--decoder-attention-heads", 4),
 )
 TRAINING = (
     *("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--lr", 2e-3),
-    *("--lr-scheduler", "inverse_sqrt", "--warmup-updates", 100),
+    *("--lr-scheduler", "inverse_sqrt", "--warmup-updates", 150),
     *("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1, "--max-tokens", 1000),
     *("--cpu", "--num-workers", 0, "--disable-validation", "--no-epoch-checkpoints", "--log-format", "json"),
 )
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "demo", help="folder for everything written (demo/)")
     parser.add_argument("--layers", type=int, default=18, help="encoder and decoder layers (18)")
-    parser.add_argument("--updates", type=int, default=400, help="training updates of each method (400)")
+    parser.add_argument("--updates", type=int, default=750, help="training updates of each method (750)")
     parser.add_argument("--pairs", type=int, default=24000, help="training pairs (24000)")
     parser.add_argument("--test-pairs", type=int, default=300, help="test pairs (300)")
     parser.add_argument("--seed", type=int, default=1, help="seed of corpus and models (1)")
@@ -74,11 +74,11 @@ def prepare(args: argparse.Namespace) -> None:
     print(f"Writing {args.pairs:,} training and {args.test_pairs} test pairs to {data}")
     sizes = ("--train", args.pairs, "--valid", 100, "--test", args.test_pairs, "--seed", args.seed)
     grammar.main([str(data), *map(str, sizes)])
-    print("Learning and applying 2,000 BPE merges, binarising", flush=True)
+    print("Learning and applying 1,000 BPE merges, binarising", flush=True)
     with open(data / "all", "wb") as both:
         for language in ("de", "en"):
             both.write((data / f"train.{language}").read_bytes())
-    run("subword-nmt", "learn-bpe", "-s", 2000, "-i", data / "all", "-o", data / "codes")
+    run("subword-nmt", "learn-bpe", "-s", 1000, "-i", data / "all", "-o", data / "codes")
     for split in ("train", "valid", "test"):
         for language in ("de", "en"):
             plain, pieces = data / f"{split}.{language}", data / f"bpe.{split}.{language}"
@@ -103,7 +103,7 @@ def run_method(method: str, args: argparse.Namespace) -> dict[str, Any]:
     command = (
         *("fairseq-train", args.out / "data/bin", "--user-dir", ROOT / "admin_fairseq", *METHODS[method]),
         *("--encoder-layers", args.layers, "--decoder-layers", args.layers, *MODEL, *TRAINING),
-        *("--max-update", args.updates, "--seed", args.seed, "--log-interval", max(args.updates // 40, 1)),
+        *("--max-update", args.updates, "--seed", args.seed, "--log-interval", max(args.updates // 50, 1)),
         *("--save-dir", folder),
     )
     started = time.time()

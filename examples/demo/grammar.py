@@ -7,12 +7,13 @@ verbs, irregular forms, do-support and stranded prepositions:
     heute ruft der kleine junge seine tante nicht an .
     today the small boy does not call his aunt .
 
-    die frau , auf die wir gewartet haben , gibt mir einen apfel .
-    the woman that we waited for gives me an apple .
+    weil mein lehrer einkauft , wacht ein koch auf .
+    because my teacher shops , a cook wakes up .
 
-    weil ihr müde seid , will der lehrer das fenster aufmachen .
-    because you are tired , the teacher wants to open the window .
+    sie vergessen , dass du kein fenster aufmachen sollst .
+    they forget that you should not open a window .
 
+Sentences have at most ten tokens, so that a small model gets to translate them within minutes.
 Where German leaves two readings open, only one is generated: a subject precedes full objects, "sie" and
 "es" are subjects, "ihr" is "you", and an object relative clause has to show that it is one (see `relative`).
 """
@@ -28,7 +29,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Iterator, NamedTuple, Sequence
 
-MIN_TOKENS, MAX_TOKENS = 4, 28
+MIN_TOKENS, MAX_TOKENS = 4, 10
 
 # gender singular plural english[/plural]; w: masculine, weak declension; places add both prepositions
 NOUNS = {
@@ -192,6 +193,8 @@ class Clause:
 class Dice(random.Random):
     """Draws with random() alone, whose sequence for a seed is the same in every Python version."""
 
+    terse = False  # sentences of two clauses do without adjectives and adverbs, or few would be short enough
+
     def pick(self, items: Sequence):
         return items[int(self.random() * len(items))]
 
@@ -266,12 +269,12 @@ def noun_phrase(dice: Dice, noun: Noun, plural: bool, dets: str, extend: bool = 
     stem = {"d": "", "i": "" if plural else "ein", "p": possessive[0], "k": "kein"}[det]
     endings = WEAK if det == "d" else MIXED if stem else STRONG
     fitting = [adjective for adjective in ADJECTIVE_LIST if noun.cls in adjective[2]]
-    adjectives = [dice.pick(fitting) for _ in range(dice.pick([0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2]))]
+    adjectives = [dice.pick(fitting) for _ in range(0 if dice.terse else dice.pick([0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2]))]
     if adjectives[1:] == adjectives[:1]:
         adjectives = adjectives[:1]
 
     post, en_post, is_relative = "", "", False
-    if extend and dice.chance(0.12):
+    if extend and not dice.terse and dice.chance(0.12):
         post, en_post = attached(dice, noun)
     elif extend and depth == 0 and dice.chance(0.25):
         post, en_post = relative(dice, noun, plural)
@@ -385,7 +388,9 @@ def clause(
     c = Clause(frame, subject, tense, modal, not subject.negative and dice.chance(0.18))
 
     banned = {"M": frame.kind != "i", "F": c.negated or subject.negative, "S": not main, "P": frame.kind in "kc"}
-    c.adverbs = [adverbial(dice, kind, tense) for kind in dice.pick(ADVERBIALS) if not banned.get(kind)]
+    c.adverbs = [
+        adverbial(dice, kind, tense) for kind in ("" if dice.terse else dice.pick(ADVERBIALS)) if not banned.get(kind)
+    ]
     if main and c.adverbs and c.adverbs[0].kind in "STP" and dice.chance(0.6):
         c.front = c.adverbs.pop(0)
 
@@ -486,6 +491,7 @@ def english(c: Clause) -> str:
 
 def sentence(dice: Dice) -> tuple[str, str]:
     shape, tense = dice.pick("mmmmmmmccccaaffoo"), dice.pick(TENSES)
+    dice.terse = shape != "m"
     if shape in "mc":  # a main clause, or one with a complement clause
         c = clause(dice, dice.pick(BY_KIND["c"]) if shape == "c" else None, tense, depth=0, main=True)
         return close(german(c, "main")), close(english(c))

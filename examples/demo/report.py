@@ -56,6 +56,9 @@ def draw(results: dict[str, Any], unigram: float, layers: int, path: Path) -> No
         ylabel="training perplexity",
         yscale="log",
     )
+    for axis in (loss_axis.yaxis, omega_axis.yaxis):
+        axis.set_major_formatter("{x:g}")
+    loss_axis.yaxis.set_minor_formatter("")
     loss_axis.legend()
 
     folder = results["Admin"]["folder"]
