@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import traceback
@@ -24,26 +25,31 @@ def explain(error: BaseException | None) -> str | None:
         spawned = re.search(r"AdminError: (.+)", text)
         if spawned:
             return spawned.group(1)
-        if isinstance(error, FileNotFoundError):
-            missing = f"no such file or folder: {error.filename}" if error.filename else text
-            return f"{missing} ({DATA_HINT})"
-        if text.startswith("Could not infer language pair"):
-            return f"no training data found; give --source-lang and --target-lang, or check DATA ({DATA_HINT})"
-        if _says_empty_data(error):
-            return (
-                "a data set is empty: train or valid in DATA holds no pair at all, or none that fits --max-tokens and"
-                " the maximum positions, or fewer pairs than --required-batch-size-multiple"
-            )
+        line = _explain_fairseq(error)
+        if line is not None:
+            return line
         error = error.__cause__ or error.__context__
     return None
 
 
-def _says_empty_data(error: BaseException) -> bool:
-    """The three ways in which fairseq 0.12 finds out."""
-    if str(error).startswith(("The dataset is empty", "cannot mmap an empty file")):
-        return True
-    raised_in = [frame.name for frame in traceback.extract_tb(error.__traceback__)[-1:]]
-    return isinstance(error, IndexError) and raised_in == ["batch_by_size"]
+def _explain_fairseq(error: BaseException) -> str | None:
+    """What fairseq itself raises when DATA is not what it should be."""
+    text, frames = str(error), traceback.extract_tb(error.__traceback__)
+    if not any(f"{os.sep}fairseq{os.sep}" in frame.filename for frame in frames):
+        return None
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        missing = f"no such file or folder: {error.filename}" if error.filename else text
+        return f"{missing} ({DATA_HINT})"
+    if text.startswith("Could not infer language pair"):
+        return f"no training data found; give --source-lang and --target-lang, or check DATA ({DATA_HINT})"
+    if text.startswith(("The dataset is empty", "cannot mmap an empty file")) or (
+        isinstance(error, IndexError) and frames[-1].name == "batch_by_size"
+    ):
+        return (
+            "a data set is empty: train or valid in DATA holds no pair at all, or none that fits --max-tokens and"
+            " the maximum positions, or fewer pairs than --required-batch-size-multiple"
+        )
+    return None
 
 
 def install_excepthook() -> None:

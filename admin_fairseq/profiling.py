@@ -103,10 +103,12 @@ def read_profile(path: str, encoder_sub_layers: int | None = None) -> Profile:
             content = json.loads(text)
             if content.get("version", VERSION) != VERSION:
                 raise ValueError(f"version {content['version']}; this admin_fairseq reads version {VERSION}")
+            if not all(isinstance(content[name], list) for name in STACKS):
+                raise TypeError("not lists")
             profile = Profile(**{name: [float(omega) for omega in content[name]] for name in STACKS})
         else:
             profile = _parse_authors_profile(text, encoder_sub_layers)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise AdminError(
             f"the profile {path} is malformed ({type(error).__name__}: {error}); expected an admin_profile.json"
             ' with lists "encoder" and "decoder", or a profile.ratio.init'

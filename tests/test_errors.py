@@ -10,6 +10,10 @@ from admin_fairseq.errors import AdminError, explain
 def test_a_bug_keeps_its_traceback():
     assert explain(ValueError("some bug")) is None
     assert explain(IndexError("list index out of range")) is None
+    try:
+        os.stat("/does/not/exist")
+    except FileNotFoundError as error:  # raised by a user's own script, not by fairseq
+        assert explain(error) is None
 
 
 def test_an_error_is_found_behind_the_one_fairseq_raises():
