@@ -97,7 +97,6 @@ def _profile(trainer: Trainer) -> None:
         "fairseq": fairseq.__version__,
         "torch": torch.__version__,
     }
-    model.omega_source = "profiling"
     line = (
         f"Admin: profiled {len(result.encoder)} encoder and {len(result.decoder)} decoder sub-layers on"
         f" {result.tokens.get('encoder', 0):,} source and {result.tokens.get('decoder', 0):,} target tokens"

@@ -136,7 +136,7 @@ class AdminTransformer(TransformerModel):
                 norms = sub_layers(stack).values()
                 value = logn_omega(len(norms)) if args.admin_init == "logn" else 1.0
                 set_omega(norms, [1.0] + [value] * (len(norms) - 1))
-            model.omega_source = args.admin_init
+            model.omega_source = f"--admin-init {args.admin_init}"
         return model
 
     @classmethod
@@ -227,10 +227,10 @@ def _register(name: str, base: Any, **defaults: int) -> None:
 
 
 _register("transformer_admin", stock.base_architecture)
-_DEPTHS: list[tuple[str, int, int]] = [
-    (f"{e}_{d}", e, d) for e, d in ((6, 6), (12, 12), (18, 18), (60, 12), (100, 100))
-]
-for _name, _encoder, _decoder in [*_DEPTHS, ("72", 60, 12), ("200", 100, 100)]:
-    _register(f"transformer_admin_{_name}", stock.base_architecture, encoder_layers=_encoder, decoder_layers=_decoder)
+for _encoder, _decoder in ((6, 6), (12, 12), (18, 18), (60, 12), (100, 100)):
+    _depth = {"encoder_layers": _encoder, "decoder_layers": _decoder}
+    _register(f"transformer_admin_{_encoder}_{_decoder}", stock.base_architecture, **_depth)
+_register("transformer_admin_72", stock.base_architecture, encoder_layers=60, decoder_layers=12)
+_register("transformer_admin_200", stock.base_architecture, encoder_layers=100, decoder_layers=100)
 for _name in ("iwslt_de_en", "wmt_en_de", "wmt_en_de_big"):
     _register(f"transformer_admin_{_name}", getattr(stock, f"transformer_{_name}"))

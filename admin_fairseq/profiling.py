@@ -73,6 +73,7 @@ class Profile:
                     f"the profile's first {name} omega, {getattr(self, name)[0]}, is not used: it is fixed at 1"
                 )
             set_omega(sub_layers(stack).values(), [1.0, *getattr(self, name)[1:]])
+        model.omega_source = "a profile"
 
     def write(self, path: str) -> None:
         """Write JSON; the file appears whole or not at all."""
@@ -151,7 +152,9 @@ class _Turns:
     def run(self) -> None:
         if len(self.functions) == 1:  # next() then gives the turn back to its caller
             return self.functions[0]()
-        threads = [threading.Thread(target=self._thread, args=(number,)) for number in range(len(self.functions))]
+        threads = [
+            threading.Thread(target=self._thread, args=(number,), daemon=True) for number in range(len(self.functions))
+        ]
         for thread in threads:
             thread.start()
         self._may_run[0].release()
@@ -291,6 +294,7 @@ def profile(
             pre_pass.run()
     finally:
         model.train(was_training)
+    model.omega_source = "profiling"
     return Profile(
         **pre_pass.omega, branch_variance=pre_pass.branch_variance, tokens=pre_pass.tokens, batches=len(samples)
     )

@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from admin_fairseq import AdminError, logn_omega, sub_layers
+from admin_fairseq import AdminError, logn_omega, profile, sub_layers
 from admin_fairseq.model import set_omega
 
 WIDTH_8 = [*TINY[:8], "--encoder-embed-dim", "8", "--encoder-ffn-embed-dim", "8"]
@@ -183,3 +183,12 @@ def test_training_without_a_trainer_is_not_silent(build, batch, caplog):
     model.train()
     model(**batch()["net_input"])
     assert "never initialised" in caplog.text
+
+
+def test_a_profiled_model_trains_without_complaint(build, batch, caplog):
+    model, _, _ = build("transformer_admin")
+    sample = batch()
+    profile(model, [(sample["net_input"], True)])
+    model.train()
+    model(**sample["net_input"])
+    assert "never initialised" not in caplog.text
