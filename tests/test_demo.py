@@ -32,7 +32,7 @@ def test_separable_verbs_and_verb_final_clauses_reorder():
 
 
 def test_demo_runs_to_its_table_and_picture(tmp_path):
-    sizes = ["--layers", "1", "--updates", "4", "--pairs", "300", "--test-pairs", "6"]
+    sizes = ["--layers", "1", "--updates", "4", "--pairs", "300", "--test-pairs", "120"]
     finished = subprocess.run(
         [sys.executable, str(ROOT / "examples/demo/demo.py"), "--out", str(tmp_path), *sizes],
         stdout=subprocess.PIPE,
