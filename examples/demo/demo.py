@@ -126,7 +126,9 @@ def run_method(method: str, args: argparse.Namespace) -> dict[str, Any]:
     hypotheses = dict(re.findall(r"^H-(\d+)\t[^\t]*\t(.*)$", output, flags=re.MULTILINE))
     ordered = [hypotheses[str(number)] for number in range(len(hypotheses))]
     (args.out / f"runs/{method.lower()}.hyp").write_text("\n".join(ordered) + "\n", encoding="utf-8")
-    bleu = run("sacrebleu", args.out / "data/test.en", "-i", args.out / f"runs/{method.lower()}.hyp", "-b")
+    # --force: the corpus is made of tokens, which sacrebleu remarks on at length
+    score = ("-i", args.out / f"runs/{method.lower()}.hyp", "--score-only", "--force")
+    bleu = run("sacrebleu", args.out / "data/test.en", *score)
     return {"curve": curve, "bleu": float(bleu), "seconds": seconds, "hypotheses": ordered, "folder": folder}
 
 
