@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -59,7 +60,11 @@ def main() -> None:
     unigram = unigram_perplexity(args.out / "data/bpe.train.en")
     print(f"\nA model that knows nothing but word frequencies has perplexity {unigram:.0f}.\n", flush=True)
 
-    results = {method: run_method(method, args) for method in METHODS}
+    # all at once, on one thread each: the three share what the machine gives, which makes their times comparable
+    board = Board(args.updates)
+    with ThreadPoolExecutor(len(METHODS)) as pool:
+        results = dict(zip(METHODS, pool.map(lambda method: run_method(method, args, board), METHODS)))
+    board.close()
     source, reference = (
         (args.out / f"data/test.{language}").read_text("utf-8").splitlines() for language in ("de", "en")
     )
@@ -97,7 +102,7 @@ def unigram_perplexity(path: Path) -> float:
     return math.exp(-sum(count / total * math.log(count / total) for count in counts.values()))
 
 
-def run_method(method: str, args: argparse.Namespace) -> dict[str, Any]:
+def run_method(method: str, args: argparse.Namespace, board: Board) -> dict[str, Any]:
     """Train, translate and score; loss is per update in nats, label smoothing left out."""
     folder = args.out / "runs" / method.lower()
     command = (
@@ -113,10 +118,9 @@ def run_method(method: str, args: argparse.Namespace) -> dict[str, Any]:
         if found:
             row = json.loads(found[1])
             curve.append((int(row["num_updates"]), float(row["nll_loss"]) * math.log(2)))
-            progress(method, *curve[-1], args.updates, time.time() - started)
+            board.show(method, *curve[-1])
     seconds = time.time() - started
 
-    print(f"{method:8} translating {args.test_pairs} sentences", flush=True)
     output = run(
         *("fairseq-generate", args.out / "data/bin", "--user-dir", ROOT / "admin_fairseq"),
         *("--path", folder / "checkpoint_last.pt", "--beam", 4, "--max-len-b", 30, "--max-tokens", 3000),
@@ -132,12 +136,25 @@ def run_method(method: str, args: argparse.Namespace) -> dict[str, Any]:
     return {"curve": curve, "bleu": float(bleu), "seconds": seconds, "hypotheses": ordered, "folder": folder}
 
 
-def progress(method: str, update: int, loss: float, updates: int, seconds: float) -> None:
-    line = f"{method:8} {update:4}/{updates} updates, perplexity {math.exp(loss):7.1f}, {seconds:4.0f} s"
-    if sys.stdout.isatty():
-        print(f"\r{line}", end="\n" if update == updates else "", flush=True)
-    elif update == updates or update % max(updates // 10, 1) == 0:  # a log file gets ten lines
-        print(line, flush=True)
+class Board:
+    """Live progress of all methods: one line that is written over on a terminal, ten lines a method in a file."""
+
+    def __init__(self, updates: int) -> None:
+        self.updates = updates
+        self.started = time.time()
+        self.state: dict[str, str] = {}
+
+    def show(self, method: str, update: int, loss: float) -> None:
+        seconds, perplexity = f"{time.time() - self.started:4.0f} s", f"{math.exp(loss):.1f}"
+        if sys.stdout.isatty():
+            self.state[method] = f"{method} {update}: {perplexity:6}"
+            print(f"\r{seconds}  update: perplexity  {'  '.join(self.state.values())}", end="", flush=True)
+        elif update == self.updates or update % max(self.updates // 10, 1) == 0:
+            print(f"{seconds}  {method:8}{update:4}/{self.updates} updates, perplexity {perplexity:>6}", flush=True)
+
+    def close(self) -> None:
+        if sys.stdout.isatty():
+            print()
 
 
 def run(*command: Any) -> str:
@@ -148,7 +165,7 @@ def stream(log: Path | None, *command: Any) -> Iterator[str]:
     """Run one of this environment's commands and yield its output by line; on failure print it and stop."""
     program, *arguments = map(str, command)
     # with warnings on, torch and fairseq print hundreds of lines on each other's deprecations
-    environment = dict(os.environ, PYTHONWARNINGS="ignore", PYTHONUNBUFFERED="1")
+    environment = dict(os.environ, PYTHONWARNINGS="ignore", PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1")
     lines = []
     with subprocess.Popen(
         [os.path.join(os.path.dirname(sys.executable), program), *arguments],
