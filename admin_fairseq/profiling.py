@@ -11,6 +11,7 @@ Var[x_{i-1}] is 1 behind a LayerNorm, omega_i is about sqrt(1 + sum_{j<i} Var[f_
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -76,12 +77,21 @@ class Profile:
         model.omega_source = "a profile"
 
     def write(self, path: str) -> None:
-        """Write JSON; the file appears whole or not at all."""
+        """Write JSON; the file appears whole or not at all.
+
+        Raises:
+            AdminError: it cannot be written.
+        """
+        text = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
         partial_path = f"{path}.tmp"
-        with open(partial_path, "w", encoding="utf-8") as out:
-            json.dump({"version": VERSION, **asdict(self)}, out, indent=1)
-            out.write("\n")
-        os.replace(partial_path, path)
+        try:
+            with open(partial_path, "w", encoding="utf-8") as out:
+                out.write(text + "\n")
+            os.replace(partial_path, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.remove(partial_path)
+            raise AdminError(f"cannot write the profile {path}: {error.strerror}") from error
 
 
 def read_profile(path: str, encoder_sub_layers: int | None = None) -> Profile:

@@ -165,6 +165,21 @@ def test_profile_file_round_trip(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
 
 
+def test_profile_file_is_whole_or_absent(tmp_path, monkeypatch):
+    path = tmp_path / "p.json"
+    Profile(encoder=[1.0], decoder=[1.0]).write(str(path))
+    before = path.read_text()
+
+    def disk_full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", disk_full)
+    with pytest.raises(AdminError, match="No space left"):
+        Profile(encoder=[1.0, 2.0], decoder=[1.0]).write(str(path))
+    assert path.read_text() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["p.json"]
+
+
 @pytest.mark.parametrize("numbered", [True, False], ids=["Transformer-Clinic", "deepnmt"])
 def test_authors_profile(tmp_path, numbered):
     stacks = [1.0, 1.3190397024154663, 1.4550316333770752, 1.5123295783996582], [1.0, 1.3425869941711426, 1.48]
@@ -212,3 +227,11 @@ def test_profile_of_another_depth(build):
     with pytest.raises(AdminError, match="4 encoder sub-layers, the model 6"):
         Profile(encoder=[1.0] * 4, decoder=[1.0] * 6).apply(model)
     assert all(norm.omega.eq(1).all() for norm in sub_layers(model).values())
+
+
+def test_first_omega_of_a_profile_is_not_used(build, caplog):
+    model, _, _ = build("transformer_admin")
+    Profile(encoder=[2.0] * 6, decoder=[3.0] * 6).apply(model)
+    for stack, rest in ((model.encoder, 2.0), (model.decoder, 3.0)):
+        assert [norm.omega.unique().item() for norm in sub_layers(stack).values()] == [1.0] + [rest] * 5
+    assert "fixed at 1" in caplog.text
