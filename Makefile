@@ -40,4 +40,4 @@ $(READY): requirements.txt requirements-fairseq.txt setup.py
 	@echo "Ready."
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf .venv demo build *.egg-info

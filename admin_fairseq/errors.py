@@ -15,31 +15,31 @@ class AdminError(Exception):
     """The user's input cannot be used; the message says what is wrong and what to do."""
 
 
-def explain(error: BaseException | None) -> str | None:
+def explain(error: BaseException) -> str | None:
     """One line for an error that the user's input caused, None for any other (a bug keeps its traceback)."""
-    while error is not None:
-        text = str(error)
-        if isinstance(error, AdminError) or text.startswith("admin_fairseq needs"):
-            return text
+    link: BaseException | None = error
+    while link is not None:  # fairseq raises errors of its own while it handles ours
+        if isinstance(link, AdminError) or str(link).startswith("admin_fairseq needs"):
+            return str(link)
         # fairseq spawns one process a GPU; the parent sees the child's traceback as text
-        spawned = re.search(r"AdminError: (.+)", text)
+        spawned = re.search(r"AdminError: (.+)", str(link))
         if spawned:
             return spawned.group(1)
-        line = _explain_fairseq(error)
-        if line is not None:
-            return line
-        error = error.__cause__ or error.__context__
-    return None
+        link = link.__cause__ or link.__context__
+    return _explain_fairseq(error)
 
 
 def _explain_fairseq(error: BaseException) -> str | None:
-    """What fairseq itself raises when DATA is not what it should be."""
+    """What fairseq itself raises when DATA, a folder or a checkpoint is not what it should be."""
     text, frames = str(error), traceback.extract_tb(error.__traceback__)
-    if not any(f"{os.sep}fairseq{os.sep}" in frame.filename for frame in frames):
+    files = [frame.filename for frame in frames if f"{os.sep}fairseq{os.sep}" in frame.filename]
+    files = [file for file in files if os.path.basename(file) != "file_io.py"]  # its wrapper of open()
+    if not files:
         return None
-    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        missing = f"no such file or folder: {error.filename}" if error.filename else text
-        return f"{missing} ({DATA_HINT})"
+    if isinstance(error, OSError):
+        reading_data = os.path.basename(os.path.dirname(files[-1])) in ("data", "tasks")
+        what = f"{error.strerror}: {error.filename}" if error.filename else text
+        return f"{what} ({DATA_HINT})" if reading_data else what
     if text.startswith("Could not infer language pair"):
         return f"no training data found; give --source-lang and --target-lang, or check DATA ({DATA_HINT})"
     if text.startswith(("The dataset is empty", "cannot mmap an empty file")) or (
@@ -49,6 +49,11 @@ def _explain_fairseq(error: BaseException) -> str | None:
             "a data set is empty: train or valid in DATA holds no pair at all, or none that fits --max-tokens and"
             " the maximum positions, or fewer pairs than --required-batch-size-multiple"
         )
+    if text.startswith("--finetune-from-model"):
+        return text
+    if text.startswith("Cannot load model parameters from checkpoint"):
+        reason = " ".join(str(error.__context__).split())
+        return f"{text} ({reason[:300]})"
     return None
 
 

@@ -71,6 +71,8 @@ def start_omega(trainer: Trainer) -> None:
             return
     elif model.cfg.admin_profile is not None:
         logger.warning(f"--admin-profile {model.cfg.admin_profile} is not read: omega comes from {model.omega_source}")
+    elif trainer.cfg.checkpoint.finetune_from_model and model.cfg.admin_init != "profile":
+        logger.warning(f"--admin-init {model.cfg.admin_init} has no effect: omega comes from {model.omega_source}")
     logger.info(f"Admin: no profiling, omega from {model.omega_source}; {_first_and_last(model)}")
 
 
@@ -85,8 +87,8 @@ def _profile(trainer: Trainer) -> None:
         return moments
 
     with _random_state_kept(trainer.device):
-        trainer._set_seed()  # the dropout masks of the first update
         samples = _first_samples(trainer, model.cfg.admin_profile_batches or 1)
+        trainer._set_seed()  # the dropout masks of the first update
         with torch.autocast("cuda", enabled=cfg.common.amp and trainer.cuda):
             result = profile(model, samples, reduce, progress=trainer.is_data_parallel_master)
     result.settings = {

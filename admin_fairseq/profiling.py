@@ -105,7 +105,7 @@ def read_profile(path: str, encoder_sub_layers: int | None = None) -> Profile:
         AdminError: the file is missing or malformed, or an omega is not finite and positive.
     """
     try:
-        with open(path, encoding="utf-8") as lines:
+        with open(path, encoding="utf-8-sig") as lines:
             text = lines.read()
     except (OSError, UnicodeDecodeError) as error:
         raise AdminError(f"cannot read the profile {path}: {getattr(error, 'strerror', None) or error}") from error
@@ -114,19 +114,22 @@ def read_profile(path: str, encoder_sub_layers: int | None = None) -> Profile:
             content = json.loads(text)
             if content.get("version", VERSION) != VERSION:
                 raise ValueError(f"version {content['version']}; this admin_fairseq reads version {VERSION}")
-            if not all(isinstance(content[name], list) for name in STACKS):
-                raise TypeError("not lists")
+            for name in STACKS:
+                numbers = content[name]
+                if not isinstance(numbers, list) or not {type(number) for number in numbers} <= {int, float}:
+                    raise TypeError(f"{name} is not a list of numbers")
             profile = Profile(**{name: [float(omega) for omega in content[name]] for name in STACKS})
         else:
             profile = _parse_authors_profile(text, encoder_sub_layers)
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise AdminError(
-            f"the profile {path} is malformed ({type(error).__name__}: {error}); expected an admin_profile.json"
-            ' with lists "encoder" and "decoder", or a profile.ratio.init'
+            f"the profile {path} is malformed ({type(error).__name__}: {str(error)[:100]});"
+            ' expected an admin_profile.json with lists "encoder" and "decoder", or a profile.ratio.init'
         ) from error
     for name in STACKS:
         for number, omega in enumerate(getattr(profile, name), start=1):
-            if not (math.isfinite(omega) and omega > 0):
+            stored = torch.tensor(omega, dtype=torch.float32).item()
+            if not (math.isfinite(stored) and stored > 0):
                 raise AdminError(
                     f"the profile {path} holds omega {omega} for {name} sub-layer {number}; omega must be finite"
                     " and positive"
@@ -297,9 +300,7 @@ def profile(
             module.training = False
     total = len(samples) * sum(len(sub_layers(stack)) for stack in model.stacks().values())
     try:
-        with tqdm(
-            total=total, desc="Admin pre-pass", unit="sub-layer", delay=3, leave=False, disable=not progress
-        ) as bar:
+        with tqdm(total=total, desc="Admin pre-pass", unit="sub-layer", delay=3, disable=not progress) as bar:
             pre_pass = _PrePass(model, samples, reduce, bar)
             pre_pass.run()
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from typing import Dict, List, Tuple
 
 import torch
@@ -21,7 +22,10 @@ def show(path: str) -> None:
     Raises:
         AdminError: the file is missing, or neither a profile nor a checkpoint with omegas.
     """
-    table = _from_checkpoint(path) if path.endswith(".pt") else _from_profile(path)
+    is_checkpoint = path.endswith(".pt") or zipfile.is_zipfile(path)  # torch.save writes zip archives
+    table = _from_checkpoint(path) if is_checkpoint else _from_profile(path)
+    if not table:
+        raise AdminError(f"{path} holds no omega: it is not of an Admin model")
     longest = max(mean for rows in table.values() for _, mean, _ in rows)
     for stack, rows in table.items():
         width = max(len(name) for name, _, _ in rows)
@@ -44,7 +48,7 @@ def _from_checkpoint(path: str) -> Table:
         raise AdminError(f"no such file: {path}")
     try:
         weights = torch.load(path, map_location="cpu")["model"]
-    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError) as error:
         raise AdminError(f"{path} is not a fairseq checkpoint ({str(error).splitlines()[0]})") from error
     table: Table = {}
     for key, value in weights.items():
@@ -52,6 +56,4 @@ def _from_checkpoint(path: str) -> Table:
             stack, name = key[: -len("_layer_norm.omega")].split(".layers.")
             deviation, mean = torch.std_mean(value.float())
             table.setdefault(stack, []).append((f"layer {name.replace('.', ' ')}", mean.item(), deviation.item()))
-    if not table:
-        raise AdminError(f"{path} holds no omega: it is not a checkpoint of an Admin model")
     return table

@@ -30,7 +30,7 @@ TINY = [
 TRAIN = [
     *("--optimizer", "adam", "--lr", "2e-3", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "20"),
     *("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"),
-    *("--max-tokens", "600", "--seed", "3", "--cpu", "--num-workers", "0"),
+    *("--max-tokens", "600", "--required-batch-size-multiple", "1", "--seed", "3", "--cpu", "--num-workers", "0"),
     *("--log-format", "json", "--log-interval", "1"),
 ]
 

@@ -29,10 +29,12 @@ def test_show_checkpoint(data, tmp_path):
     assert result.lines("layer 1 encoder_attn")
 
 
-@pytest.mark.parametrize("name", ["nope.json", "nope.pt", "garbage.pt", "garbage.json"])
+@pytest.mark.parametrize("name", ["nope.json", "nope.pt", "garbage.pt", "garbage.json", "empty.json"])
 def test_show_bad_file(tmp_path, name):
     if name.startswith("garbage"):
         (tmp_path / name).write_text("garbage")
+    if name.startswith("empty"):
+        (tmp_path / name).write_text('{"encoder": [], "decoder": []}')
     result = run("admin-fairseq", "show", tmp_path / name)
     assert result.code == 1
     assert name in result.lines("admin_fairseq: error:")[0]

@@ -170,7 +170,7 @@ def test_validate(trained, data):
     folder, training = trained
     result = run(
         *("fairseq-validate", data, "--task", "translation", "--path", folder / "checkpoint_last.pt", "--cpu"),
-        *("--max-tokens", "600", "--log-format", "json"),
+        *("--max-tokens", "600", "--required-batch-size-multiple", "1", "--log-format", "json"),
     )
     assert result.code == 0, result.output
     logged = [re.search(r'valid_loss": "?([\d.]+)', r.lines("valid_loss")[-1])[1] for r in (training, result)]
@@ -262,6 +262,25 @@ def test_bad_profile(data, tmp_path):
 
 def test_data_missing(tmp_path):
     assert_refused(train(tmp_path / "nowhere", tmp_path / "save"), "nowhere", tmp_path / "save")
+
+
+def test_data_is_a_file(data, tmp_path):
+    assert_refused(train(data / "dict.de.txt", tmp_path / "save"), "Not a directory", tmp_path / "save")
+
+
+def test_save_dir_is_a_file(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = train(data, tmp_path / "file" / "save")
+    assert_refused(result, "Not a directory", tmp_path / "save")
+    assert "DATA" not in result.lines("admin_fairseq: error:")[0]
+
+
+def test_finetune_from_nothing_or_from_another_depth(trained, data, tmp_path):
+    folder, _ = trained
+    missing = train(data, tmp_path / "save", "--finetune-from-model", tmp_path / "nope.pt")
+    assert_refused(missing, "nope.pt does not exist", tmp_path / "save")
+    deeper = ["--encoder-layers", "4", "--finetune-from-model", folder / "checkpoint_last.pt"]
+    assert_refused(train(data, tmp_path / "save", *deeper), "architectures match", tmp_path / "save")
 
 
 def test_data_folder_empty(tmp_path):
