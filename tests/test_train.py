@@ -29,7 +29,8 @@ def assert_same_checkpoint(first, second):
     first, second = checkpoint(first), checkpoint(second)
     assert first["model"].keys() == second["model"].keys()
     for name, weight in first["model"].items():
-        assert torch.equal(weight, second["model"][name]), name
+        if not name.endswith("._float_tensor"):  # fairseq 0.12.2's placeholder, never initialised
+            assert torch.equal(weight, second["model"][name]), name
     states = [state["last_optimizer_state"]["state"] for state in (first, second)]
     assert states[0].keys() == states[1].keys()
     for key, values in states[0].items():
