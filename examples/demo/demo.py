@@ -129,10 +129,10 @@ def run_method(method: str, args: argparse.Namespace, board: Board) -> dict[str,
     )
     hypotheses = dict(re.findall(r"^H-(\d+)\t[^\t]*\t(.*)$", output, flags=re.MULTILINE))
     ordered = [hypotheses[str(number)] for number in range(len(hypotheses))]
-    (args.out / f"runs/{method.lower()}.hyp").write_text("\n".join(ordered) + "\n", encoding="utf-8")
+    translation = folder.with_suffix(".hyp")
+    translation.write_text("\n".join(ordered) + "\n", encoding="utf-8")
     # --force: the corpus is made of tokens, which sacrebleu remarks on at length
-    score = ("-i", args.out / f"runs/{method.lower()}.hyp", "--score-only", "--force")
-    bleu = run("sacrebleu", args.out / "data/test.en", *score)
+    bleu = run("sacrebleu", args.out / "data/test.en", "-i", translation, "--score-only", "--force")
     return {"curve": curve, "bleu": float(bleu), "seconds": seconds, "hypotheses": ordered, "folder": folder}
 
 
