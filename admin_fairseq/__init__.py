@@ -16,16 +16,19 @@ except ImportError as error:
     ) from error
 
 from admin_fairseq import hooks  # noqa: E402
-from admin_fairseq.model import AdminTransformer, logn_omega, sub_layers  # noqa: E402
+from admin_fairseq.model import AdminLanguageModel, AdminModel, AdminTransformer, logn_omega, sub_layers  # noqa: E402
 from admin_fairseq.norm import OmegaLayerNorm  # noqa: E402
-from admin_fairseq.profiling import Profile, profile, read_profile  # noqa: E402
+from admin_fairseq.profiling import Profile, Sample, profile, read_profile  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
     "AdminError",
+    "AdminLanguageModel",
+    "AdminModel",
     "AdminTransformer",
     "OmegaLayerNorm",
     "Profile",
+    "Sample",
     "logn_omega",
     "profile",
     "read_profile",

@@ -6,6 +6,8 @@ import argparse
 import signal
 
 import admin_fairseq
+from admin_fairseq.average import average, select
+from admin_fairseq.errors import AdminError
 from admin_fairseq.show import show
 
 
@@ -19,5 +21,43 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("file", help="a checkpoint (*.pt), an admin_profile.json or a profile.ratio.init")
     command.set_defaults(run=lambda args: show(args.file))
 
+    command = commands.add_parser(
+        "average",
+        help="average the weights of checkpoints",
+        description="Write one checkpoint with the mean of several checkpoints' weights, without optimizer state.",
+    )
+    command.add_argument("--inputs", nargs="+", required=True, metavar="PATH", help="checkpoints, or one folder")
+    command.add_argument("--output", required=True, metavar="FILE", help="the checkpoint to write")
+    newest = command.add_mutually_exclusive_group()
+    newest.add_argument(
+        "--num-epoch-checkpoints", type=int, metavar="N", help="average the folder's newest N checkpoint<epoch>.pt"
+    )
+    newest.add_argument(
+        "--num-update-checkpoints",
+        type=int,
+        metavar="N",
+        help="average the folder's newest N checkpoint_<epoch>_<update>.pt",
+    )
+    command.add_argument(
+        "--checkpoint-upper-bound", type=int, metavar="N", help="of these, leave out later epochs or updates than N"
+    )
+    command.set_defaults(run=_average)
+
     args = parser.parse_args(argv)
     args.run(args)
+
+
+def _average(args: argparse.Namespace) -> None:
+    paths, by_update = args.inputs, args.num_update_checkpoints is not None
+    count = args.num_update_checkpoints if by_update else args.num_epoch_checkpoints
+    if count is None:
+        if args.checkpoint_upper_bound is not None:
+            raise AdminError("--checkpoint-upper-bound needs --num-epoch-checkpoints or --num-update-checkpoints")
+    elif count < 1:
+        raise AdminError(f"cannot average {count} checkpoints; give a number of at least 1")
+    elif len(paths) > 1:
+        raise AdminError("--num-epoch-checkpoints and --num-update-checkpoints select from one folder; give one input")
+    else:
+        paths = select(paths[0], count, by_update, args.checkpoint_upper_bound)
+    average(paths, args.output)
+    print(f"{args.output}: the average of {', '.join(paths)}")

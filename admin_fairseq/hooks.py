@@ -25,7 +25,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
 
 from admin_fairseq.errors import AdminError
-from admin_fairseq.model import AdminTransformer, sub_layers
+from admin_fairseq.model import FULLY_SHARDED, AdminModel, sub_layers
 from admin_fairseq.profiling import Sample, profile, read_profile
 
 logger = logging.getLogger(__name__)
@@ -38,13 +38,11 @@ def install() -> None:
     @functools.wraps(build_optimizer)
     def start_omega_then_build_optimizer(trainer: Trainer) -> None:
         model = trainer.get_model()
-        if isinstance(model, AdminTransformer):
+        if isinstance(model, AdminModel):
+            trainer.model  # noqa: B018  (with several workers, wrapping is what moves the model to its device)
             start_omega(trainer)
-        elif isinstance(getattr(model, "module", None), AdminTransformer) and model.module.omega_source == "unset":
-            raise AdminError(
-                "--ddp-backend fully_sharded splits the parameters before they can be profiled; use --admin-init logn,"
-                " or another --ddp-backend"
-            )
+        elif isinstance(getattr(model, "module", None), AdminModel):
+            raise AdminError(FULLY_SHARDED)
         build_optimizer(trainer)
 
     Trainer._build_optimizer = start_omega_then_build_optimizer
@@ -62,17 +60,18 @@ def start_omega(trainer: Trainer) -> None:
     """Give omega its first value, unless a checkpoint or the architecture already did; say which in the log."""
     model = trainer.get_model()
     if model.omega_source == "unset":
-        file = model.cfg.admin_profile
+        file = model.admin_profile
         if file is not None:
-            read_profile(file, len(sub_layers(model.encoder))).apply(model)
+            stacks = model.stacks()
+            read_profile(file, len(sub_layers(stacks["encoder"])) if "encoder" in stacks else 0).apply(model)
             model.omega_source = file
         else:
             _profile(trainer)
             return
-    elif model.cfg.admin_profile is not None:
-        logger.warning(f"--admin-profile {model.cfg.admin_profile} is not read: omega comes from {model.omega_source}")
-    elif trainer.cfg.checkpoint.finetune_from_model and model.cfg.admin_init != "profile":
-        logger.warning(f"--admin-init {model.cfg.admin_init} has no effect: omega comes from {model.omega_source}")
+    elif model.admin_profile is not None:
+        logger.warning(f"--admin-profile {model.admin_profile} is not read: omega comes from {model.omega_source}")
+    elif trainer.cfg.checkpoint.finetune_from_model and model.admin_init != "profile":
+        logger.warning(f"--admin-init {model.admin_init} has no effect: omega comes from {model.omega_source}")
     logger.info(f"Admin: no profiling, omega from {model.omega_source}; {_first_and_last(model)}")
 
 
@@ -87,8 +86,7 @@ def _profile(trainer: Trainer) -> None:
         return moments
 
     with _random_state_kept(trainer.device):
-        samples = _first_samples(trainer, model.cfg.admin_profile_batches or 1)
-        trainer._set_seed()  # the dropout masks of the first update
+        samples = _first_samples(trainer, model.admin_profile_batches or 1)
         with torch.autocast("cuda", enabled=cfg.common.amp and trainer.cuda):
             result = profile(model, samples, reduce, progress=trainer.is_data_parallel_master)
     result.settings = {
@@ -99,9 +97,10 @@ def _profile(trainer: Trainer) -> None:
         "fairseq": fairseq.__version__,
         "torch": torch.__version__,
     }
+    counts = {stack: f"{len(getattr(result, stack))} {stack}" for stack in model.stacks()}
+    tokens = [f"{result.tokens[stack]:,} {'source' if stack == 'encoder' else 'target'}" for stack in counts]
     line = (
-        f"Admin: profiled {len(result.encoder)} encoder and {len(result.decoder)} decoder sub-layers on"
-        f" {result.tokens.get('encoder', 0):,} source and {result.tokens.get('decoder', 0):,} target tokens"
+        f"Admin: profiled {' and '.join(counts.values())} sub-layers on {' and '.join(tokens)} tokens"
         f" in {time.time() - started:.1f} s; {_first_and_last(model)}"
     )
     if trainer.is_data_parallel_master and not cfg.checkpoint.no_save:
@@ -111,7 +110,7 @@ def _profile(trainer: Trainer) -> None:
     logger.info(line)
 
 
-def _first_and_last(model: AdminTransformer) -> str:
+def _first_and_last(model: AdminModel) -> str:
     parts = []
     for name, stack in model.stacks().items():
         norms = list(sub_layers(stack).values())
@@ -123,7 +122,7 @@ def _first_and_last(model: AdminTransformer) -> str:
 
 def _first_samples(trainer: Trainer, count: int) -> list[Sample]:
     """The batches that this worker's first ``count`` updates will see, without consuming them."""
-    cfg = trainer.cfg
+    cfg, model = trainer.cfg, trainer.get_model()
     epoch_itr = trainer.get_train_iterator(
         epoch=1, load_dataset=False, disable_iterator_cache=trainer.task.has_sharded_data("train")
     )
@@ -134,15 +133,20 @@ def _first_samples(trainer: Trainer, count: int) -> list[Sample]:
         shuffle=epoch_itr.next_epoch_idx > cfg.dataset.curriculum,
         fix_batches_to_gpus=cfg.distributed_training.fix_batches_to_gpus,
     )
+    needed = {"src_tokens", "prev_output_tokens"} if "encoder" in model.stacks() else {"src_tokens"}
     samples = []
-    for batch in itertools.islice(batches, count):
+    for number, batch in enumerate(itertools.islice(batches, count)):
         # a worker whose shard has run out runs fairseq's dummy batch, which does not count
         sample, is_dummy = trainer._prepare_sample(batch)
-        if "net_input" not in sample or "prev_output_tokens" not in sample["net_input"]:
+        if not needed <= set(sample.get("net_input", ())):
             raise AdminError(
-                f"task {cfg.task._name} does not feed an encoder and a decoder; train with --admin-init logn"
+                f"the batches of task {cfg.task._name} have no net_input with {' and '.join(sorted(needed))} to"
+                " profile on; train with --admin-init logn, or on a translation or language_modeling task"
             )
-        samples.append((sample["net_input"], not is_dummy))
+        # Masks by the batch's place in the global order, so that workers draw what one process would;
+        # the first are those of the first update.
+        place = number * trainer.data_parallel_world_size + trainer.data_parallel_rank
+        samples.append(Sample(sample["net_input"], not is_dummy, cfg.common.seed + place))
     return samples
 
 

@@ -19,7 +19,7 @@ import os
 import threading
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Callable, Dict, Sequence, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Sequence
 
 import torch
 from fairseq.modules import LayerDropModuleList
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from admin_fairseq.errors import AdminError
-from admin_fairseq.model import AdminTransformer, set_omega, sub_layers
+from admin_fairseq.model import AdminModel, set_omega, sub_layers
 from admin_fairseq.norm import OmegaLayerNorm
 
 logger = logging.getLogger(__name__)
@@ -35,16 +35,33 @@ logger = logging.getLogger(__name__)
 VERSION = 1  # of the profile file
 STACKS = ("encoder", "decoder")
 
-Sample = Tuple[Dict[str, Any], bool]
+
+class Sample(NamedTuple):
+    """One batch for the pre-pass.
+
+    ``net_input`` holds the model's keyword arguments, with ``src_tokens`` and for an encoder-decoder model
+    ``prev_output_tokens``, both (batch, time), on the model's device. ``counted`` says whether the batch enters
+    the statistics (fairseq's dummy batch does not). Its dropout masks are drawn from ``seed``.
+    """
+
+    net_input: Dict[str, Any]  # noqa: UP006  (Python 3.8 evaluates a NamedTuple's types)
+    counted: bool = True
+    seed: int = 1
+
+    def tokens(self, stack: str) -> Tensor:
+        """The stack's input tokens, (batch, time); a language model's decoder reads src_tokens."""
+        decoder_only = "prev_output_tokens" not in self.net_input
+        return self.net_input["src_tokens" if stack == "encoder" or decoder_only else "prev_output_tokens"]
 
 
 @dataclass
 class Profile:
     """omega's first values and what they were measured on.
 
-    ``encoder`` and ``decoder`` hold one omega a sub-layer in forward order (2 an encoder layer, 3 a decoder
-    layer). ``branch_variance`` holds Var[dropout(f_i)] in the same order, ``tokens`` the number of positions
-    measured in each stack (padding left out, all batches and workers together).
+    ``encoder`` and ``decoder`` hold one omega a sub-layer in forward order: 2 an encoder layer, 3 a decoder
+    layer, 2 a language model's layer (and no encoder). ``branch_variance`` holds Var[dropout(f_i)] in the same
+    order, ``tokens`` the number of positions measured in each stack (padding left out, all batches and workers
+    together).
     """
 
     encoder: list[float]
@@ -54,19 +71,19 @@ class Profile:
     batches: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def apply(self, model: AdminTransformer) -> None:
+    def apply(self, model: AdminModel) -> None:
         """Fill the model's omegas.
 
         Raises:
             AdminError: the profile is of a model of another depth.
         """
-        for name, stack in model.stacks().items():
-            norms, values = sub_layers(stack), getattr(self, name)
-            if len(values) != len(norms):
+        for name in STACKS:
+            expected = len(sub_layers(model.stacks()[name])) if name in model.stacks() else 0
+            if len(getattr(self, name)) != expected:
                 raise AdminError(
-                    f"the profile has {len(values)} {name} sub-layers, the model {len(norms)}"
-                    " (2 an encoder layer, 3 a decoder layer); profile this model, or set --encoder-layers and"
-                    " --decoder-layers to the profile's depth"
+                    f"the profile has {len(getattr(self, name))} {name} sub-layers, the model {expected}"
+                    " (2 an encoder layer, 3 a decoder layer, 2 a language model's layer); profile this model, or set"
+                    " --encoder-layers and --decoder-layers to the profile's depth"
                 )
         for name, stack in model.stacks().items():
             if getattr(self, name)[:1] not in ([], [1.0]):
@@ -213,10 +230,11 @@ class _PrePass:
     """Observes every sub-layer of a model and sets its omega before it is applied."""
 
     def __init__(
-        self, model: AdminTransformer, samples: Sequence[Sample], reduce: Callable[[Tensor], Tensor], bar: tqdm
+        self, model: AdminModel, samples: Sequence[Sample], reduce: Callable[[Tensor], Tensor], bar: tqdm
     ) -> None:
         self.model, self.samples, self.reduce, self.bar = model, samples, reduce, bar
         self.autocast = torch.is_autocast_enabled()
+        self.devices = sorted({s.net_input["src_tokens"].device.index for s in samples} - {None})  # GPUs
         self.turns = _Turns([partial(self._forward, sample) for sample in samples])
         self.omega: dict[str, list[float]] = {name: [] for name in STACKS}
         self.branch_variance: dict[str, list[float]] = {name: [] for name in STACKS}
@@ -239,20 +257,20 @@ class _PrePass:
                 norm.observer = None
 
     def _forward(self, sample: Sample) -> None:
-        net_input, _ = sample
-        device = net_input["src_tokens"].device
+        torch.manual_seed(sample.seed)
+        device = sample.net_input["src_tokens"].device
         # a thread starts with gradients on, autocast off and the first GPU (which -1 leaves as it is)
         with torch.no_grad(), torch.autocast("cuda", enabled=self.autocast), torch.cuda.device(device.index or -1):
-            self.model(**net_input, features_only=True)
+            self.model(**sample.net_input, features_only=True)
 
     def _observe(self, stack: str, name: str, norm: OmegaLayerNorm, x: Tensor, f: Tensor) -> None:
         """x and f are (time, batch, d): the shortcut and the residual branch after dropout."""
         omega = self._next_omega[stack]
         norm.omega.fill_(omega)
 
-        net_input, counted = self.samples[self.turns.now]
-        tokens = net_input["src_tokens" if stack == "encoder" else "prev_output_tokens"]
-        keep = tokens.ne(self.model.stacks()[stack].padding_idx).t() & counted  # (time, batch)
+        sample = self.samples[self.turns.now]
+        padding = self.model.stacks()[stack].padding_idx
+        keep = sample.tokens(stack).ne(padding).t() & sample.counted  # (time, batch)
         moments = torch.stack([_moments((x * norm.omega)[keep]), _moments(f[keep])])
         self._pooled = moments if self._pooled is None else self._pooled + moments
         self.bar.update()
@@ -269,23 +287,24 @@ class _PrePass:
             self.omega[stack].append(omega)
             self.branch_variance[stack].append(branch)
             self.tokens[stack] = int(pooled[0, 0]) // x.shape[-1]
-        self.turns.next()
+        with torch.random.fork_rng(self.devices):  # the other batches draw in between
+            self.turns.next()
 
 
 def profile(
-    model: AdminTransformer,
+    model: AdminModel,
     samples: Sequence[Sample],
     reduce: Callable[[Tensor], Tensor] = lambda moments: moments,
     progress: bool = False,
 ) -> Profile:
     """Run the pre-pass: one forward pass a sample, in train mode and without gradients, and set every omega.
 
-    All samples, and with ``reduce`` those of all workers, count as one batch. Random numbers are drawn from
-    the global generators. Everything but omega is left as it was found.
+    All samples, and with ``reduce`` those of all workers, count as one batch: the same samples give the same
+    omega however they are spread over workers. Everything but omega and torch's random generators is left as
+    it was found.
 
     Args:
-        samples: pairs (net_input, counted): the model's keyword arguments, with ``src_tokens`` and
-            ``prev_output_tokens`` (batch, time), on its device; and whether the sample enters the statistics.
+        samples: the batches, as :class:`Sample` or as tuples of its fields.
         reduce: sums a small float64 tensor over all workers.
         progress: show a bar on stderr once the pre-pass takes longer than three seconds.
 
@@ -301,7 +320,7 @@ def profile(
     total = len(samples) * sum(len(sub_layers(stack)) for stack in model.stacks().values())
     try:
         with tqdm(total=total, desc="Admin pre-pass", unit="sub-layer", delay=3, disable=not progress) as bar:
-            pre_pass = _PrePass(model, samples, reduce, bar)
+            pre_pass = _PrePass(model, [Sample(*sample) for sample in samples], reduce, bar)
             pre_pass.run()
     finally:
         model.train(was_training)

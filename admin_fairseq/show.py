@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 import zipfile
 from typing import Dict, List, Tuple
 
 import torch
 
+from admin_fairseq import checkpoint
 from admin_fairseq.errors import AdminError
 from admin_fairseq.profiling import STACKS, read_profile
 
@@ -44,12 +43,7 @@ def _from_profile(path: str) -> Table:
 
 
 def _from_checkpoint(path: str) -> Table:
-    if not os.path.isfile(path):
-        raise AdminError(f"no such file: {path}")
-    try:
-        weights = torch.load(path, map_location="cpu")["model"]
-    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError) as error:
-        raise AdminError(f"{path} is not a fairseq checkpoint ({str(error).splitlines()[0]})") from error
+    weights = checkpoint.load(path)["model"]
     table: Table = {}
     for key, value in weights.items():
         if key.endswith("_layer_norm.omega"):
