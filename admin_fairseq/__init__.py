@@ -9,10 +9,10 @@ from admin_fairseq.errors import AdminError, install_excepthook
 install_excepthook()
 try:
     from fairseq.models.transformer import TransformerEncoderBase  # noqa: F401  (new in fairseq 0.12)
-except ImportError as error:
+except (ImportError, ValueError) as error:  # on Python 3.11 and newer fairseq 0.12.2 raises a ValueError
     raise ImportError(
         "admin_fairseq needs fairseq 0.12 or newer, and none can be imported here"
-        f" ({error}): pip install fairseq-fixed==0.12.3.1, or fairseq==0.12.2 on Python 3.8 to 3.10"
+        f" ({str(error)[:100]}): pip install fairseq-fixed==0.12.3.1, or fairseq==0.12.2 on Python 3.8 to 3.10"
     ) from error
 
 from admin_fairseq import hooks  # noqa: E402

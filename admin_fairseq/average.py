@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Sequence
+from typing import Any, Sequence
 
 import torch
 from tqdm import tqdm
@@ -22,25 +22,25 @@ def average(paths: Sequence[str], output: str) -> None:
     Raises:
         AdminError: a file is missing or no checkpoint, or the models differ.
     """
-    first, sums = None, {}
+    first: dict[str, Any] | None = None
     for path in tqdm(paths, desc="averaging", unit="checkpoint", delay=3):
         state = checkpoint.load(path)
-        weights = state.pop("model")
         state.pop("last_optimizer_state", None)
+        weights = state.pop("model")
         shapes = {name: weight.shape for name, weight in weights.items()}
         if first is None:
-            first, first_weights, first_shapes = state, weights, shapes
-            sums = {name: weight.to(torch.float64, copy=True) for name, weight in weights.items() if weight.is_floating_point()}
-            continue
-        if shapes != first_shapes:
-            different = min(name for name in {*shapes, *first_shapes} if shapes.get(name) != first_shapes.get(name))
+            first, averaged, expected = state, weights, shapes
+            floating = [name for name, weight in weights.items() if weight.is_floating_point()]
+            sums = {name: torch.zeros_like(weights[name], dtype=torch.float64) for name in floating}
+        elif shapes != expected:
+            different = min(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
             raise AdminError(f"{path} is of another model than {paths[0]}: they differ in {different}")
-        for name in sums:
+        for name in floating:
             sums[name] += weights[name]
-    for name, total in sums.items():
-        dtype = first_weights[name].dtype
-        first_weights[name] = (total / len(paths)).to(torch.promote_types(dtype, torch.float32))
-    checkpoint.save({**first, "model": first_weights}, output)
+    for name in floating:
+        dtype = torch.promote_types(averaged[name].dtype, torch.float32)
+        averaged[name] = (sums[name] / len(paths)).to(dtype)
+    checkpoint.save({**first, "model": averaged}, output)
 
 
 def select(folder: str, count: int, by_update: bool, upper_bound: int | None = None) -> list[str]:

@@ -51,6 +51,18 @@ def _explain_fairseq(error: BaseException) -> str | None:
         )
     if text.startswith("--finetune-from-model"):
         return text
+    if text.startswith("loaded state dict contains a parameter group") or "optimizer_history" in text:
+        return (
+            "the checkpoint's optimizer state does not fit this model; to start from its weights alone add"
+            " --reset-optimizer, or give it to --finetune-from-model"
+        )
+    if text.startswith("MultilingualTranslationTask requires"):
+        return f"{text}, which Admin has not; train one model for all pairs with --task translation_multi_simple_epoch"
+    if text == "'TranslationFromPretrainedBARTTask' object has no attribute 'args'":
+        return (
+            "--task translation_from_pretrained_bart fails in this fairseq, with every architecture; train with"
+            " --task translation, or translation_multi_simple_epoch for language tokens"
+        )
     if text.startswith("Cannot load model parameters from checkpoint"):
         reason = " ".join(str(error.__context__).split())
         return f"{text} ({reason[:300]})"

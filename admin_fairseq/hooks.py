@@ -16,13 +16,16 @@ import logging
 import os
 import random
 import time
-from typing import Iterator
+from collections import defaultdict
+from typing import Any, Iterator
 
 import fairseq
 import numpy as np
 import torch
 from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
+from omegaconf import AnyNode, DictConfig, ListConfig
+from omegaconf.base import ContainerMetadata, Metadata
 
 from admin_fairseq.errors import AdminError
 from admin_fairseq.model import FULLY_SHARDED, AdminModel, sub_layers
@@ -47,13 +50,18 @@ def install() -> None:
 
     Trainer._build_optimizer = start_omega_then_build_optimizer
 
-    if hasattr(torch.serialization, "add_safe_globals"):
-        # torch.load refuses classes that are not listed. fairseq's checkpoints hold the command line as a
-        # Namespace and, with --eval-bleu, numpy arrays of n-gram counts.
+    if torch.__version__ >= "2.6":
+        # From here on torch.load refuses classes that are not listed. fairseq's checkpoints hold the command line as a
+        # Namespace and, with --eval-bleu, numpy arrays of n-gram counts; the first worker sends it to the others
+        # with its configuration as omegaconf's containers.
         reconstruct = np.zeros(0).__reduce__()[0]
         scalar = np.float64(0).__reduce__()[0]
         dtypes = {type(np.dtype(kind)) for kind in (np.float64, np.int64)}
-        torch.serialization.add_safe_globals([argparse.Namespace, np.ndarray, np.dtype, reconstruct, scalar, *dtypes])
+        config = [DictConfig, ListConfig, AnyNode, ContainerMetadata, Metadata, defaultdict, dict, list, int]
+        config += [(Any, "typing.Any"), distributed_utils._TensorPlaceholder]
+        torch.serialization.add_safe_globals(
+            [argparse.Namespace, np.ndarray, np.dtype, reconstruct, scalar, *dtypes, *config]
+        )
 
 
 def start_omega(trainer: Trainer) -> None:

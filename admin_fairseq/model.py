@@ -124,9 +124,10 @@ class AdminModel(nn.Module):
     @classmethod
     def build_model(cls, args: Any, task: Any) -> AdminModel:
         args = _flat(args)
+        config = task.args if task.cfg is None else task.cfg  # of a legacy task, and of any other
         for limit in POSITIONS:
             if not hasattr(args, limit):  # hydra's model section does not repeat what the task knows
-                setattr(args, limit, getattr(task.cfg, limit, None))
+                setattr(args, limit, getattr(config, limit, None))
         model = super().build_model(args, task)
         for option in ("admin_init", "admin_profile", "admin_profile_batches"):
             setattr(model, option, getattr(args, option))

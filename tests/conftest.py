@@ -43,7 +43,8 @@ class Result:
 
     def losses(self) -> dict[int, str]:
         """The training loss by update, as printed."""
-        rows = [json.loads(row) for row in re.findall(r"train_inner \| (\{.*\})", self.output)]
+        # | train_inner | {...} from fairseq-train, [train_inner][INFO] - {...} from fairseq-hydra-train
+        rows = [json.loads(row) for row in re.findall(r"train_inner[] ].*?(\{.*\})", self.output)]
         return {int(row["num_updates"]): row["loss"] + " " + row["gnorm"] for row in rows}
 
     def lines(self, needle: str) -> list[str]:
@@ -53,7 +54,11 @@ class Result:
 def run(command: str, *arguments: Any, cwd: Path = ROOT, **kwargs: Any) -> Result:
     """Run one of fairseq's console commands with the plugin as user dir."""
     program = os.path.join(os.path.dirname(sys.executable), command)
-    plugin = [] if command == "admin-fairseq" else ["--user-dir", str(ROOT / "admin_fairseq")]
+    plugin = ["--user-dir", str(ROOT / "admin_fairseq")]
+    if command == "fairseq-hydra-train":
+        plugin = [f"common.user_dir={ROOT / 'admin_fairseq'}"]
+    elif command == "admin-fairseq":
+        plugin = []
     environment = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore")
     finished = subprocess.run(
         [program, *map(str, arguments), *plugin],

@@ -7,7 +7,7 @@ import pytest
 import torch
 from fairseq.trainer import Trainer
 
-from admin_fairseq import sub_layers
+from admin_fairseq import hooks, sub_layers
 
 
 @pytest.fixture
@@ -44,6 +44,19 @@ def test_pre_pass_leaves_random_state_and_iterator_as_found(trainer):
     assert trainer.get_model().omega_source == "profiling"
     assert random_states() == states
     assert vars(iterator) == iterator_state
+
+
+def test_with_several_workers_the_model_is_wrapped_before_it_is_profiled(trainer, monkeypatch):
+    """Only the wrapper moves the model to its GPU then."""
+    order = []
+    wrapped = property(lambda self: order.append("wrapped") or self.get_model())
+    monkeypatch.setattr(Trainer, "model", wrapped)
+    monkeypatch.setattr(hooks, "profile", lambda *args, **kwargs: order.append("profiled") or 1 / 0)
+    one, _ = trainer()
+    with pytest.raises(ZeroDivisionError):
+        one.optimizer  # noqa: B018
+    assert order[0] == "wrapped"
+    assert order[-1] == "profiled"
 
 
 def test_omega_depends_on_the_seed_option_not_on_the_random_state(trainer):

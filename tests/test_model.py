@@ -180,6 +180,18 @@ def test_conflicting_options_are_refused(build, options, message):
         build("transformer_admin", *options)
 
 
+@pytest.mark.parametrize("options", [["--checkpoint-activations"], ["--offload-activations"]])
+def test_checkpointed_activations_give_the_same_gradients(build, batch, options):
+    """Dropout is inside what is replayed, so its masks are the same the second time."""
+    settings = ("transformer_admin", "--dropout", "0.3", "--admin-init", "logn")
+    expected = loss_and_gradients(*build(*settings), batch())
+    loss, gradients = loss_and_gradients(*build(*settings, *options), batch())
+    assert loss == expected[0]
+    assert gradients.keys() == expected[1].keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[1][name], rtol=1e-5, atol=1e-6)
+
+
 def test_training_without_a_trainer_is_not_silent(build, batch, caplog):
     model, _, _ = build("transformer_admin")
     model.train()
