@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TRAIN, train
-from test_train import assert_same_checkpoint
+from conftest import ROOT, TINY, TRAIN, run, train
+from test_train import assert_same_checkpoint, generate, hypotheses
 
 WORKER = Path(__file__).with_name("train_worker.py")
 
@@ -125,21 +127,66 @@ def test_worker_with_an_empty_shard(data, tmp_path):
     assert_same_omega(profile(tmp_path / "two" / "0"), profile(tmp_path / "one"))
 
 
+def kill_a_worker(group: Group, after: str) -> None:
+    """kill -9 of torchrun's last worker once checkpoint ``after`` is there; the group ends with an error."""
+    (launcher,) = group.workers
+    while not (group.folder / "0" / after).exists():
+        assert launcher.poll() is None, group.logs[0].read_text()
+        time.sleep(0.05)
+    workers = subprocess.check_output(["pgrep", "-P", str(launcher.pid)], text=True).split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert launcher.wait(timeout=120) != 0
+
+
 def test_resume_after_a_worker_was_killed(data, tmp_path):
     """kill -9 of one worker in mid-epoch, and the same command again, is the run that nothing happened to."""
-    options = ["--ddp-backend", "legacy_ddp", "--max-tokens", "100", "--save-interval-updates", "4", "--max-update"]
-    with Group("torchrun", data, tmp_path / "killed", *options, "1000", "--max-epoch", "1") as group:
-        checkpoint = group.folder / "0" / "checkpoint_1_4.pt"
-        while not checkpoint.exists():
-            assert group.workers[0].poll() is None, group.logs[0].read_text()
-            time.sleep(0.05)
-        children = subprocess.check_output(["pgrep", "-P", str(group.workers[0].pid)], text=True).split()
-        os.kill(int(children[-1]), signal.SIGKILL)
-        assert group.workers[0].wait(timeout=120) != 0
-    with Group("torchrun", data, tmp_path / "killed", *options, "12", "--max-epoch", "1") as group:
+    options = ["--ddp-backend", "legacy_ddp", "--max-tokens", "100", "--save-interval-updates", "4", "--max-epoch", "1"]
+    with Group("torchrun", data, tmp_path / "killed", *options, "--max-update", "1000") as group:
+        kill_a_worker(group, after="checkpoint_1_4.pt")
+    with Group("torchrun", data, tmp_path / "killed", *options, "--max-update", "12") as group:
         log = group.finish()
     assert "omega from the checkpoint" in log
     assert "Admin: profiled" not in log
-    with Group("torchrun", data, tmp_path / "whole", *options, "12", "--max-epoch", "1") as group:
+    with Group("torchrun", data, tmp_path / "whole", *options, "--max-update", "12") as group:
         group.finish()
     assert_same_checkpoint(*(tmp_path / name / "0" / "checkpoint_1_12.pt" for name in ("killed", "whole")))
+
+
+@pytest.fixture
+def multi30k(tmp_path):
+    """Multi30k German-English, lower-cased and split at punctuation: real text, 29,000 pairs."""
+    raw = Path(os.environ.get("MULTI30K", ROOT.parent / "shared" / "data" / "multi30k"))
+    if not raw.is_dir():
+        pytest.skip("needs the raw Multi30k text as $MULTI30K/{train,valid,test}.{de,en}.gz")
+    for file in raw.glob("*.gz"):
+        with gzip.open(file, "rt", encoding="utf-8") as lines, (tmp_path / file.stem).open("w") as out:
+            out.writelines(" ".join(re.findall(r"\w+|[^\w\s]", line.lower())) + "\n" for line in lines)
+    splits = [part for name in ("train", "valid", "test") for part in (f"--{name}pref", tmp_path / name)]
+    limits = ["--joined-dictionary", "--nwordssrc", "8000", "--destdir", tmp_path / "bin"]
+    result = run("fairseq-preprocess", "-s", "de", "-t", "en", *splits, *limits)
+    assert result.code == 0, result.output
+    return tmp_path / "bin"
+
+
+@pytest.mark.slow
+def test_12_12_on_real_text(multi30k, tmp_path):
+    """Profile as one, survive kill -9, average, translate."""
+    depth = ["--encoder-layers", "12", "--decoder-layers", "12", "--encoder-embed-dim", "128", "--dropout", "0.1"]
+    options = [*depth, "--max-tokens", "1000", "--share-all-embeddings"]
+    two = [*options, "--ddp-backend", "legacy_ddp", "--save-interval-updates", "10"]
+    with Group("torchrun", multi30k, tmp_path / "two", *two, "--max-update", "1000") as group:
+        kill_a_worker(group, after="checkpoint_1_20.pt")
+    first, second = group.omegas()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    one = train(multi30k, tmp_path / "one", *options, "--admin-profile-batches", "2", updates=1)
+    assert one.code == 0, one.output
+    folder = tmp_path / "two" / "0"
+    profiles = [profile(folder), profile(tmp_path / "one")]
+    assert profiles[0]["tokens"] == profiles[1]["tokens"]
+    for stack in ("encoder", "decoder"):
+        assert profiles[0][stack] == pytest.approx(profiles[1][stack], rel=1e-5)
+    with Group("torchrun", multi30k, tmp_path / "two", *two, "--max-update", "60") as group:
+        assert "omega from the checkpoint" in group.finish()
+    average = ["--inputs", folder, "--num-update-checkpoints", "3", "--output", tmp_path / "average.pt"]
+    assert run("admin-fairseq", "average", *average).code == 0
+    assert len(hypotheses(generate(multi30k, tmp_path / "average.pt"))) == 1000
