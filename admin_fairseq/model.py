@@ -259,7 +259,9 @@ def _register(model: str, name: str, base: Callable[[Any], None], **defaults: in
         flat = _flat(args)
         if flat is not args:
             _refuse_unknown(flat, model, base)
-        for key, value in {"admin_init": "profile", "admin_profile": None, "admin_profile_batches": None}.items():
+        # base_layers: fairseq 0.12.2 looks for it in hydra's config
+        own = {"admin_init": "profile", "admin_profile": None, "admin_profile_batches": None, "base_layers": 0}
+        for key, value in own.items():
             setattr(flat, key, getattr(flat, key, value))
         _check(flat)
         for key, value in defaults.items():

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import grammar
-from conftest import ROOT
+from conftest import ROOT, needs_stock_translation
 
 
 def test_corpus_is_deterministic_and_unambiguous():
@@ -31,6 +31,7 @@ def test_separable_verbs_and_verb_final_clauses_reorder():
     assert joined
 
 
+@needs_stock_translation
 def test_demo_runs_to_its_table_and_picture(tmp_path):
     sizes = ["--layers", "1", "--updates", "4", "--pairs", "300", "--test-pairs", "120"]
     finished = subprocess.run(

@@ -44,7 +44,7 @@ class Group:
                 for rank in ("0", "1")
             ]
         elif launcher == "torchrun":
-            torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+            torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
             commands = [[*torchrun, *common, "--save-dir", folder / "0"]]
         else:
             commands = [[*common, *address, "--save-dir", folder / "0"]]

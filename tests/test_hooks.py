@@ -1,13 +1,14 @@
 """The pre-pass inside fairseq's Trainer, in this process."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from fairseq.trainer import Trainer
 
-from admin_fairseq import hooks, sub_layers
+from admin_fairseq import AdminError, hooks, sub_layers
 
 
 @pytest.fixture
@@ -67,3 +68,12 @@ def test_omega_depends_on_the_seed_option_not_on_the_random_state(trainer):
         one.optimizer  # noqa: B018
         omegas.append([norm.omega[0].item() for norm in sub_layers(one.get_model()).values()])
     assert omegas[0] == omegas[1]
+
+
+def test_fully_sharded_training_is_refused(trainer, monkeypatch):
+    """fairseq hands over a model whose layers have been split, in a wrapper."""
+    one, _ = trainer()
+    wrapped = SimpleNamespace(module=one.get_model())
+    monkeypatch.setattr(Trainer, "get_model", lambda self: wrapped)
+    with pytest.raises(AdminError, match="fully_sharded"):
+        one.optimizer  # noqa: B018

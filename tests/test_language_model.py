@@ -113,7 +113,9 @@ def test_is_the_stock_model_at_omega_1(text):
     ours, _ = build(text, "transformer_lm_admin", "--admin-init", "unit")
     weights = ours.state_dict()
     for name, weight in stock.state_dict().items():
-        assert torch.equal(weights.pop(name), weight), name
+        ours_has = weights.pop(name)
+        if not name.endswith("._float_tensor"):  # fairseq 0.12.2's placeholder, never initialised
+            assert torch.equal(ours_has, weight), name
     assert len(weights) == 12
     assert all(name.endswith(".omega") for name in weights)
     tokens = torch.randint(4, len(task.source_dictionary), (3, 9))

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TRAIN, checkpoint, run
+from conftest import DEFAULT_COMBINATION, ROOT, TINY, TRAIN, checkpoint, run
 from fairseq import checkpoint_utils, options
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
@@ -93,7 +93,14 @@ def test_row(data, corpora, tmp_path, flags, outcome):
     arch = "transformer_lm_admin" if "language_modeling" in flags else "transformer_admin"
     folder = data_for(flags, data, corpora)
     if outcome in ("works", "GPU"):
-        cfg = train_here(arch, folder, tmp_path, flags, on_gpu=outcome == "GPU")
+        try:
+            cfg = train_here(arch, folder, tmp_path, flags, on_gpu=outcome == "GPU")
+        except Exception as ours:
+            if DEFAULT_COMBINATION:
+                raise
+            with pytest.raises(type(ours), match=re.escape(str(ours))):
+                train_here(arch.replace("_admin", ""), folder, tmp_path / "stock", flags)
+            pytest.skip(f"fairseq itself fails here: {ours}")
         assert_trained_from_the_profile(cfg, tmp_path)
         return
     with pytest.raises(Exception) as ours:

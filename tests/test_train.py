@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TRAIN, checkpoint, run, train
+from conftest import ROOT, TRAIN, checkpoint, needs_stock_translation, run, train
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,7 @@ def test_finetune_from_an_admin_checkpoint_keeps_omega(trained, data, tmp_path):
         torch.testing.assert_close(omega, expected[name])
 
 
+@needs_stock_translation
 def test_finetune_from_a_stock_checkpoint_starts_at_the_old_model(data, tmp_path):
     stock = train(data, tmp_path / "stock", arch="transformer", updates=3)
     assert stock.code == 0, stock.output
