@@ -39,7 +39,7 @@ setup(
             "fairseq==0.12.2; python_version < '3.11'",
         ],
         "demo": ["matplotlib"],
-        "test": ["pytest", "ruff"],
+        "test": ["pytest", "pytest-xdist", "ruff"],
     },
     entry_points={"console_scripts": ["admin-fairseq = admin_fairseq.cli:main"]},
 )

@@ -24,6 +24,10 @@ import grammar  # noqa: E402
 
 import admin_fairseq  # noqa: E402, F401  (registers the architectures, lets torch.load read checkpoints)
 
+# the tests run side by side, one to a core; models this small gain nothing from a second thread
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 # `make test` runs these; elsewhere fairseq itself may fail where Admin works
 DEFAULT_COMBINATION = fairseq.__version__.startswith("0.12.3") and torch.__version__ >= "2.13"
 needs_stock_translation = pytest.mark.skipif(

@@ -45,7 +45,8 @@ NEEDS = {
     PYPI: ["hydra-core==1.0.7", "omegaconf==2.0.6", "cffi", "cython<3"],
     FIXED: ["hydra-core==1.3.2", "omegaconf==2.3.0", "cython"],
 }
-COMMON = ["setuptools<80", "wheel", "bitarray", "packaging", "regex", "scikit-learn", "tqdm", "pytest", "matplotlib"]
+COMMON = ["setuptools<80", "wheel", "bitarray", "packaging", "regex", "scikit-learn", "tqdm", "matplotlib"]
+COMMON += ["pytest", "pytest-xdist"]
 
 
 def interpreter(version: str) -> str | None:
@@ -87,7 +88,7 @@ def test(row: Row, work: Path, arguments: list[str]) -> str:
             install(row, folder, log)
         except subprocess.CalledProcessError as error:
             return f"not installed: {' '.join(error.cmd[1:5])} failed, see {log}"
-    command = [str(folder / "bin" / "python"), "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    command = [str(folder / "bin" / "python"), "-m", "pytest", "-n", "auto", "-p", "no:cacheprovider", *arguments]
     with log.open("a") as out:
         out.write(f"\n{' '.join(command)}\n")
         out.flush()

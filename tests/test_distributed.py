@@ -49,7 +49,6 @@ class Group:
         else:
             commands = [[*common, *address, "--save-dir", folder / "0"]]
         environment = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore", OMEGAS=str(folder))
-        environment["OMP_NUM_THREADS"] = "1"
         self.logs = [folder / f"log{number}" for number in range(len(commands))]
         self.workers = []
         for command, log in zip(commands, self.logs):
