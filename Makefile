@@ -19,6 +19,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck examples/*/*.sh
 	$(BIN)/python -m pytest -n auto
 
 test-slow: $(READY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 from typing import Any
 
 import torch
@@ -21,10 +22,16 @@ def load(path: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise AdminError(f"no such file: {path}")
     try:
-        state = torch.load(path, map_location="cpu")
+        state = torch.load(path, map_location="cpu", weights_only=torch.__version__ >= "2.6")  # see hooks.install
         if not isinstance(state["model"], dict):
             raise TypeError("its weights are not a dictionary")
     except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError, OSError) as error:
+        refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        if refused:
+            raise AdminError(
+                f"{path} holds an object of {refused[1]}, which torch's safe loading does not read; if you trust the"
+                f" file, list the class with torch.serialization.add_safe_globals"
+            ) from error
         raise AdminError(f"{path} is not a fairseq checkpoint ({str(error).splitlines()[0]})") from error
     return state
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 
 import admin_fairseq
@@ -51,6 +52,8 @@ def _average(args: argparse.Namespace) -> None:
     paths, by_update = args.inputs, args.num_update_checkpoints is not None
     count = args.num_update_checkpoints if by_update else args.num_epoch_checkpoints
     if count is None:
+        if os.path.isdir(paths[0]):
+            raise AdminError(f"{paths[0]} is a folder; say which of its checkpoints by --num-epoch-checkpoints N")
         if args.checkpoint_upper_bound is not None:
             raise AdminError("--checkpoint-upper-bound needs --num-epoch-checkpoints or --num-update-checkpoints")
     elif count < 1:

@@ -17,11 +17,13 @@ import os
 import random
 import time
 from collections import defaultdict
-from typing import Any, Iterator
+from dataclasses import asdict
+from typing import Any, Callable, Iterator
 
 import fairseq
 import numpy as np
 import torch
+from fairseq.data import Dictionary
 from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
 from omegaconf import AnyNode, DictConfig, ListConfig
@@ -29,7 +31,7 @@ from omegaconf.base import ContainerMetadata, Metadata
 
 from admin_fairseq.errors import AdminError
 from admin_fairseq.model import FULLY_SHARDED, AdminModel, sub_layers
-from admin_fairseq.profiling import Sample, profile, read_profile
+from admin_fairseq.profiling import Profile, Sample, profile, read_profile
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,8 @@ logger = logging.getLogger(__name__)
 def install() -> None:
     """Wrap ``Trainer._build_optimizer``, and let torch >= 2.6 load the checkpoints that fairseq writes."""
     build_optimizer = Trainer._build_optimizer
+    if hasattr(build_optimizer, "__wrapped__"):  # a copy of this package under another name is a second user dir
+        return
 
     @functools.wraps(build_optimizer)
     def start_omega_then_build_optimizer(trainer: Trainer) -> None:
@@ -52,15 +56,20 @@ def install() -> None:
 
     if torch.__version__ >= "2.6":
         # From here on torch.load refuses classes that are not listed. fairseq's checkpoints hold the command line as a
-        # Namespace and, with --eval-bleu, numpy arrays of n-gram counts; the first worker sends it to the others
-        # with its configuration as omegaconf's containers.
-        reconstruct = np.zeros(0).__reduce__()[0]
-        scalar = np.float64(0).__reduce__()[0]
+        # Namespace, some tasks' dictionary and, with --eval-bleu, numpy arrays of n-gram counts; the first worker
+        # sends it to the others with its configuration as omegaconf's containers.
+        reconstruct, scalar = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
         dtypes = {type(np.dtype(kind)) for kind in (np.float64, np.int64)}
         config = [DictConfig, ListConfig, AnyNode, ContainerMetadata, Metadata, defaultdict, dict, list, int]
         config += [(Any, "typing.Any"), distributed_utils._TensorPlaceholder]
+        # numpy 2 moved them: a checkpoint may come from either side
+        moved = [
+            (function, f"{module}.multiarray.{function.__name__}")
+            for module in ("numpy.core", "numpy._core")
+            for function in (reconstruct, scalar)
+        ]
         torch.serialization.add_safe_globals(
-            [argparse.Namespace, np.ndarray, np.dtype, reconstruct, scalar, *dtypes, *config]
+            [argparse.Namespace, Dictionary, np.ndarray, np.dtype, *dtypes, *moved, *config]
         )
 
 
@@ -70,8 +79,7 @@ def start_omega(trainer: Trainer) -> None:
     if model.omega_source == "unset":
         file = model.admin_profile
         if file is not None:
-            stacks = model.stacks()
-            read_profile(file, len(sub_layers(stacks["encoder"])) if "encoder" in stacks else 0).apply(model)
+            _from_first_worker(trainer, lambda: _read(file, model)).apply(model)
             model.omega_source = file
         else:
             _profile(trainer)
@@ -81,6 +89,33 @@ def start_omega(trainer: Trainer) -> None:
     elif trainer.cfg.checkpoint.finetune_from_model and model.admin_init != "profile":
         logger.warning(f"--admin-init {model.admin_init} has no effect: omega comes from {model.omega_source}")
     logger.info(f"Admin: no profiling, omega from {model.omega_source}; {_first_and_last(model)}")
+
+
+def _read(file: str, model: AdminModel) -> Profile:
+    stacks = model.stacks()
+    return read_profile(file, len(sub_layers(stacks["encoder"])) if "encoder" in stacks else 0)
+
+
+def _from_first_worker(trainer: Trainer, read: Callable[[], Profile]) -> Profile:
+    """What the first worker reads: each machine may have another file of that name, or none.
+
+    Raises:
+        AdminError: on every worker, what the first one met.
+    """
+    if trainer.data_parallel_world_size == 1:
+        return read()
+    outcome: Any = None
+    if trainer.is_data_parallel_master:
+        try:
+            outcome = asdict(read())
+        except AdminError as error:
+            outcome = str(error)
+    outcome = distributed_utils.broadcast_object(
+        outcome, src_rank=0, group=trainer.data_parallel_process_group, dist_device=trainer.device
+    )
+    if isinstance(outcome, str):
+        raise AdminError(outcome)
+    return Profile(**outcome)
 
 
 def _profile(trainer: Trainer) -> None:
@@ -155,6 +190,8 @@ def _first_samples(trainer: Trainer, count: int) -> list[Sample]:
         # the first are those of the first update.
         place = number * trainer.data_parallel_world_size + trainer.data_parallel_rank
         samples.append(Sample(sample["net_input"], not is_dummy, cfg.common.seed + place))
+    if len(samples) < count:
+        logger.warning(f"--admin-profile-batches {count}: an epoch has only {len(samples)} batches; profiling on those")
     return samples
 
 

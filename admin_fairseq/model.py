@@ -214,7 +214,12 @@ def _flat(args: Any) -> Namespace:
     flat = {}
     for key, value in (OmegaConf.to_container(args) if OmegaConf.is_config(args) else vars(args)).items():
         nested = value if key in ("encoder", "decoder", "quant_noise") else None
-        flat.update({key: value} if nested is None else {f"{key}_{name}": part for name, part in nested.items()})
+        parts = {key: value} if nested is None else {f"{key}_{name}": part for name, part in nested.items()}
+        for name, part in parts.items():
+            if None not in (flat.get(name), part) and flat[name] != part:
+                raise AdminError(f"the model section gives {name} twice, as {flat[name]} and as {part}; drop one")
+            if flat.get(name) is None:
+                flat[name] = part
     return Namespace(**flat)
 
 
@@ -259,6 +264,8 @@ def _register(model: str, name: str, base: Callable[[Any], None], **defaults: in
         flat = _flat(args)
         if flat is not args:
             _refuse_unknown(flat, model, base)
+            for key in [key for key, value in vars(flat).items() if value is None]:  # null: as the architecture says
+                delattr(flat, key)
         # base_layers: fairseq 0.12.2 looks for it in hydra's config
         own = {"admin_init": "profile", "admin_profile": None, "admin_profile_batches": None, "base_layers": 0}
         for key, value in own.items():

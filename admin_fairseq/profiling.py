@@ -12,6 +12,7 @@ Var[x_{i-1}] is 1 behind a LayerNorm, omega_i is about sqrt(1 + sum_{j<i} Var[f_
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import math
@@ -19,7 +20,7 @@ import os
 import threading
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Callable, Dict, NamedTuple, Sequence
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Sequence
 
 import torch
 from fairseq.modules import LayerDropModuleList
@@ -160,6 +161,11 @@ def _parse_authors_profile(text: str, encoder_sub_layers: int | None) -> Profile
         raise ValueError("expected one omega a line, or a number and an omega")
     omegas = [row[-1] for row in rows]
     ones = [index for index, row in enumerate(rows) if row[0] == 1.0]
+    if len(rows[0]) == 2:
+        starts = [*ones, len(rows)]
+        expected = [number for start, end in zip(starts, starts[1:]) for number in range(1, end - start + 1)]
+        if len(ones) > 2 or [row[0] for row in rows] != expected:
+            raise ValueError("its numbers do not run from 1 for the encoder and from 1 again for the decoder")
     split = ones[1] if len(ones) == 2 else encoder_sub_layers
     if split is None:
         raise ValueError("cannot tell where the decoder begins")
@@ -291,6 +297,36 @@ class _PrePass:
             self.turns.next()
 
 
+@contextlib.contextmanager
+def _as_measured(model: AdminModel) -> Iterator[None]:
+    """Train mode, but no layer dropped and no quantisation noise; everything is put back."""
+    was_training = model.training
+    model.train()
+    quantizers: list[Any] = []
+    for module in model.modules():
+        # LayerDrop would skip sub-layers; --quant-noise-pq overwrites the weights of the linear maps it is applied to
+        if isinstance(module, (LayerDropModuleList, nn.Linear)):
+            module.training = False
+        # --quant-noise-scalar puts modules with such a counter in their place, and hooks on their outputs
+        owners = [module] if hasattr(module, "update_step") else []
+        owners += [inspect.getclosurevars(hook).nonlocals.get("self") for hook in module._forward_hooks.values()]
+        quantizers += [owner for owner in owners if hasattr(owner, "update_step")]
+    states = [{name: vars(owner)[name] for name in QUANTIZER_STATE if name in vars(owner)} for owner in quantizers]
+    try:
+        for owner in quantizers:
+            owner.p = 0
+        yield
+    finally:
+        model.train(was_training)
+        for owner, state in zip(quantizers, states):
+            for name in QUANTIZER_STATE:
+                vars(owner).pop(name, None)
+            vars(owner).update(state)
+
+
+QUANTIZER_STATE = ("p", "counter", "scale", "zero_point")
+
+
 def profile(
     model: AdminModel,
     samples: Sequence[Sample],
@@ -311,19 +347,12 @@ def profile(
     Raises:
         AdminError: a variance is not finite.
     """
-    was_training = model.training
-    model.train()
-    for module in model.modules():
-        # LayerDrop would skip sub-layers; quantisation noise overwrites the weights it is applied to
-        if isinstance(module, (LayerDropModuleList, nn.Linear, nn.Embedding)):
-            module.training = False
     total = len(samples) * sum(len(sub_layers(stack)) for stack in model.stacks().values())
-    try:
-        with tqdm(total=total, desc="Admin pre-pass", unit="sub-layer", delay=3, disable=not progress) as bar:
-            pre_pass = _PrePass(model, [Sample(*sample) for sample in samples], reduce, bar)
-            pre_pass.run()
-    finally:
-        model.train(was_training)
+    with _as_measured(model), tqdm(
+        total=total, desc="Admin pre-pass", unit="sub-layer", delay=3, disable=not progress
+    ) as bar:
+        pre_pass = _PrePass(model, [Sample(*sample) for sample in samples], reduce, bar)
+        pre_pass.run()
     model.omega_source = "profiling"
     return Profile(
         **pre_pass.omega, branch_variance=pre_pass.branch_variance, tokens=pre_pass.tokens, batches=len(samples)

@@ -138,6 +138,7 @@ def test_different_models_are_refused(tmp_path):
         ([".", "--num-epoch-checkpoints", "0"], "at least 1"),
         (["a.pt", "b.pt", "--num-epoch-checkpoints", "1"], "one folder"),
         (["a.pt", "--checkpoint-upper-bound", "1"], "--checkpoint-upper-bound needs"),
+        (["."], "is a folder; say which of its checkpoints"),
     ],
 )
 def test_bad_input(tmp_path, arguments, needle):

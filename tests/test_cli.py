@@ -1,7 +1,14 @@
-import pytest
-from conftest import run
+import zipfile
+from pathlib import Path
 
-from admin_fairseq import Profile
+import numpy as np
+import pytest
+import torch
+from conftest import run
+from fairseq.data import Dictionary
+
+from admin_fairseq import AdminError, Profile
+from admin_fairseq.checkpoint import load
 
 
 @pytest.fixture
@@ -39,6 +46,35 @@ def test_show_bad_file(tmp_path, name):
     assert result.code == 1
     assert name in result.lines("admin_fairseq: error:")[0]
     assert "Traceback" not in result.output
+
+
+def numpy_checkpoint(path, module):
+    """A checkpoint of --eval-bleu, written under a numpy that calls its core ``module``."""
+    torch.save({"model": {"w": torch.ones(1)}, "counts": np.arange(3.0), "mean": np.float64(2)}, path)
+    with zipfile.ZipFile(path) as source:
+        entries = {name: source.read(name) for name in source.namelist()}
+    ours = (np.zeros(0).__reduce__()[0].__module__).encode()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
+        for name, content in entries.items():
+            target.writestr(name, content.replace(ours, module) if name.endswith("data.pkl") else content)
+
+
+@pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_checkpoints_of_either_numpy_load(tmp_path, module):
+    if not hasattr(np, "_core") and b"_core" in module:
+        pytest.skip("torch before 2.6 imports numpy's module by its name")
+    numpy_checkpoint(tmp_path / "c.pt", module)
+    state = load(str(tmp_path / "c.pt"))
+    assert state["counts"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="torch loads anything")
+def test_an_object_that_is_not_loaded_is_named(tmp_path):
+    torch.save({"model": {}, "task_state": {"dict": Dictionary()}}, tmp_path / "good.pt")
+    assert isinstance(load(str(tmp_path / "good.pt"))["task_state"]["dict"], Dictionary)
+    torch.save({"model": {}, "odd": Path("x")}, tmp_path / "odd.pt")
+    with pytest.raises(AdminError, match=r"holds an object of pathlib\S+, which torch's safe loading does not read"):
+        load(str(tmp_path / "odd.pt"))
 
 
 def test_usage():

@@ -40,7 +40,10 @@ class Group:
         if launcher == "separate":
             # folders of their own show who writes what
             commands = [
-                [*common, *address, "--distributed-rank", rank, "--distributed-no-spawn", "--save-dir", folder / rank]
+                [
+                    *(part.replace("{rank}", rank) for part in common),
+                    *(*address, "--distributed-rank", rank, "--distributed-no-spawn", "--save-dir", folder / rank),
+                ]
                 for rank in ("0", "1")
             ]
         elif launcher == "torchrun":
@@ -124,6 +127,23 @@ def test_worker_with_an_empty_shard(data, tmp_path):
     one = train(data, tmp_path / "one", "--max-tokens", "100000", updates=1)
     assert one.code == 0, one.output
     assert_same_omega(profile(tmp_path / "two" / "0"), profile(tmp_path / "one"))
+
+
+def test_a_given_profile_is_the_first_workers(data, tmp_path):
+    """Each machine may have another file of that name, or none; without one on the first, every worker says so."""
+    for rank, omega in (("0", 1.5), ("1", 2.5)):
+        numbers = {"encoder": [1.0] + [omega] * 5, "decoder": [1.0] + [omega] * 5}
+        (tmp_path / f"{rank}.json").write_text(json.dumps(numbers))
+    options = ["--ddp-backend", "legacy_ddp", "--max-update", "1", "--admin-profile", tmp_path / "{rank}.json"]
+    with Group("separate", data, tmp_path / "two", *options) as group:
+        group.finish()
+    for omegas in group.omegas():
+        assert {omega.mean().item() for omega in omegas.values()} == {1.0, 1.5}
+    (tmp_path / "0.json").unlink()
+    with Group("separate", data, tmp_path / "none", *options) as group:
+        assert all(worker.wait(timeout=120) != 0 for worker in group.workers)
+    for log in group.logs:
+        assert "cannot read the profile" in log.read_text().splitlines()[-1]
 
 
 def kill_a_worker(group: Group, after: str) -> None:

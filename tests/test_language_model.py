@@ -140,6 +140,14 @@ def test_padding_is_not_measured(text):
     assert with_padding.decoder == pytest.approx(exact.decoder, rel=1e-5)
 
 
+def test_an_encoder_decoder_is_refused(text, tmp_path):
+    result = run(
+        "fairseq-train", *command(text, tmp_path / "save", "transformer_lm_admin", "--arch", "transformer_admin")
+    )
+    assert result.code != 0
+    assert "--arch transformer_lm_admin" in result.lines("admin_fairseq: error:")[0]
+
+
 def test_pre_ln_is_refused(text):
     with pytest.raises(AdminError, match="Post-LN"):
         build(text, "transformer_lm_admin", "--decoder-normalize-before")

@@ -4,8 +4,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from fairseq.modules.quantization.scalar.modules import IntLinear
+from fairseq.quantization_utils import quantize_model_scalar
 
 from admin_fairseq import AdminError, Profile, profile, read_profile, sub_layers
+from admin_fairseq.profiling import _moments, _variance
 
 NO_DROPOUT = ["--dropout", "0"]
 
@@ -147,6 +150,39 @@ def test_leaves_everything_but_omega_alone(build, batch):
         assert name.endswith(".omega") or torch.equal(weight, before[name]), name
 
 
+def test_scalar_quantisation_noise_is_off_and_left_as_it_was(build, batch, monkeypatch):
+    """Its modules count their calls and keep scales; a call more would change the training that follows."""
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)  # why it wants a GPU
+    plain, _, _ = build("transformer_admin", *NO_DROPOUT)
+    model, _, cfg = build("transformer_admin", *NO_DROPOUT)
+    cfg.model.quant_noise_scalar = 0.5
+    quantize_model_scalar(model, cfg.model)
+    quantised = [module for module in model.modules() if isinstance(module, IntLinear)]
+    sample = (batch()["net_input"], True)
+    noisy, exact = profile(model, [sample]), profile(plain, [sample])
+    assert noisy.encoder == pytest.approx(exact.encoder, rel=5e-3)  # it clamps weights to what 8 bits hold
+    assert len(quantised) > 20
+
+    def states():
+        return [(module.p, module.counter, getattr(module, "scale", None)) for module in quantised]
+
+    assert states() == [(0.5, 0, None)] * len(quantised)
+    model(**sample[0])
+    before = states()
+    assert max(counter for _, counter, _ in before) == 1
+    again = profile(model, [sample])
+    assert again.encoder == pytest.approx(exact.encoder, rel=5e-3)
+    assert states() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_moments_are_summed_in_double_precision(dtype):
+    """60,000 halves overflow float16 and round away in bfloat16."""
+    values = torch.full((60_000,), 3.0, dtype=dtype)
+    values[::2] = 5.0
+    assert _variance(_moments(values)) == 1.0
+
+
 @pytest.mark.parametrize("batches", [1, 2])
 def test_variance_that_is_not_finite(build, batch, batches):
     model, _, _ = build("transformer_admin")
@@ -212,6 +248,9 @@ def test_authors_profile(tmp_path, numbered):
         ("hello\n", "malformed"),
         ("", "malformed"),
         ("1 1.0\n2\n", "malformed"),
+        ("0 1.0\n1 1.2\n0 1.0\n1 1.3\n", "numbers do not run from 1"),
+        ("1 1.0\n2 1.2\n1 1.0\n2 1.3\n1 1.0\n2 1.2\n", "numbers do not run from 1"),
+        ("1 1.0\n3 1.2\n1 1.0\n", "numbers do not run from 1"),
     ],
 )
 def test_bad_profiles(tmp_path, text, message):

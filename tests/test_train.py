@@ -92,6 +92,28 @@ def test_several_profile_batches(data, tmp_path):
     assert (profile["batches"], profile["tokens"]["decoder"]) == (3, sum(words))
 
 
+def first_batch_tokens(result):
+    return int(json.loads(result.lines("train_inner")[0].split("| train_inner | ")[1])["wpb"])
+
+
+def test_curriculum_is_profiled_on_the_batch_it_starts_with(trained, data, tmp_path):
+    """--curriculum leaves the first epochs' batches in order."""
+    _, shuffled = trained
+    ordered = train(data, tmp_path, "--curriculum", "1", updates=1)
+    assert ordered.code == 0, ordered.output
+    profile = json.loads((tmp_path / "admin_profile.json").read_text())
+    assert profile["tokens"]["decoder"] == first_batch_tokens(ordered) != first_batch_tokens(shuffled)
+
+
+def test_stopping_after_an_epoch_changes_nothing_with_fresh_batches(data, tmp_path):
+    """fairseq keeps the first epoch's batches, but a run that is resumed makes others, unless told to each epoch."""
+    options = ["--update-epoch-batch-itr", "True", "--dropout", "0.1"]
+    whole = train(data, tmp_path / "whole", *options, "--max-epoch", "2", updates=100)
+    parts = [train(data, tmp_path / "parts", *options, "--max-epoch", epochs, updates=100) for epochs in ("1", "2")]
+    assert whole.losses() == {**parts[0].losses(), **parts[1].losses()}
+    assert_same_checkpoint(*(tmp_path / name / "checkpoint_last.pt" for name in ("whole", "parts")))
+
+
 def test_no_save_writes_nothing(data, tmp_path):
     result = train(data, tmp_path, "--no-save", updates=1)
     assert result.code == 0, result.output

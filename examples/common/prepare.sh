@@ -1,0 +1,146 @@
+# From raw text to a fairseq data-bin. A recipe's prepare.sh sources this, lists its files and settings, and calls prepare.
+# shellcheck shell=bash
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+FILES=()
+
+setting RAW "raw/$RECIPE" "folder of the downloaded files; what is there already is used"
+setting DATA "data/$RECIPE" "the data-bin to make (with the text in DATA/text)"
+setting WORKERS "$(getconf _NPROCESSORS_ONLN)" "processes"
+
+# file NAME URL [BYTES|-] [md5:... or sha256:...]: one of the recipe's raw files
+file() { FILES+=("$*"); }
+
+# what is wrong with the file $1 of the size $2 and checksum $3 (each may be unknown); prints nothing if it is right
+fault() {
+    local bytes
+    bytes=$(stat -c %s "$1")
+    if [ "${2:--}" != - ] && [ "$bytes" != "$2" ]; then
+        echo "$bytes bytes instead of $2"
+    elif [ -n "${3-}" ] && [ "$("${3%%:*}sum" "$1" | cut -d ' ' -f 1)" != "${3#*:}" ]; then
+        echo "another ${3%%:*} checksum than published"
+    fi
+}
+
+download() {
+    local entry name url bytes checksum wrong missing=()
+    mkdir -p "$RAW"
+    for entry in "${FILES[@]}"; do
+        read -r name url bytes checksum <<<"$entry"
+        if [ -e "$RAW/$name" ]; then
+            wrong=$(fault "$RAW/$name" "$bytes" "$checksum")
+            [ -z "$wrong" ] || say "note: $RAW/$name has $wrong; it is used as it is"
+            continue
+        fi
+        say "downloading $url"
+        # --continue-at - goes on with what an earlier run left
+        if curl --fail --location --retry 3 --continue-at - --progress-bar --output "$RAW/$name.part" "$url"; then
+            wrong=$(fault "$RAW/$name.part" "$bytes" "$checksum")
+            if [ -z "$wrong" ]; then
+                mv "$RAW/$name.part" "$RAW/$name"
+                continue
+            fi
+            echo "$url gave a file with $wrong; it was removed" >&2
+            rm "$RAW/$name.part"
+        fi
+        missing+=("  $url -> $RAW/$name")
+    done
+    if [ ${#missing[@]} != 0 ]; then
+        {
+            echo "These files are missing. Fetch them on a machine that can, and put them where the arrow points:"
+            printf '%s\n' "${missing[@]}"
+            echo "or put a corpus of your own there as $RAW/{train,valid,test}.{$SOURCE,$TARGET} (plain or .gz)."
+        } >&2
+        return 1
+    fi
+}
+
+own_corpus() {
+    local split language
+    for split in train valid test; do
+        for language in "$SOURCE" "$TARGET"; do
+            [ -e "$RAW/$split.$language" ] || [ -e "$RAW/$split.$language.gz" ] || return 1
+        done
+    done
+}
+
+corpus() { python "$COMMON/corpus.py" "$@"; }
+
+# tokenize SPLIT OPTIONS...: raw.SPLIT to tok.SPLIT
+tokenize() {
+    local split=$1 language
+    shift
+    for language in "$SOURCE" "$TARGET"; do
+        corpus tokenize "$language" "$TEXT/raw.$split.$language" "$TEXT/tok.$split.$language" --workers "$WORKERS" "$@"
+    done
+}
+
+learn_bpe() {
+    # joint: on both sides, source first
+    cat "$TEXT/$1.$SOURCE" "$TEXT/$1.$TARGET" | subword-nmt learn-bpe --symbols "$BPE" --output "$TEXT/codes.tmp"
+    mv "$TEXT/codes.tmp" "$TEXT/codes"
+}
+
+# apply_bpe FROM TO
+apply_bpe() {
+    local language
+    for language in "$SOURCE" "$TARGET"; do
+        subword-nmt apply-bpe --codes "$TEXT/codes" --num-workers "$WORKERS" \
+            --input "$TEXT/$1.$language" --output "$TEXT/$2.$language"
+    done
+}
+
+binarize() {
+    rm -rf "${TEXT:?}/bin"
+    fairseq-preprocess --source-lang "$SOURCE" --target-lang "$TARGET" --joined-dictionary --workers "$WORKERS" \
+        --trainpref "$TEXT/$1.train" --validpref "$TEXT/$1.valid" --testpref "$TEXT/bpe.test" --destdir "$TEXT/bin" \
+        >"$TEXT/preprocess.log" 2>&1 || { tail -n 5 "$TEXT/preprocess.log" >&2; return 1; }
+    mv "$TEXT"/bin/* "$DATA/"
+}
+
+# prepare TEXT "$@": before it, a recipe sets the arrays TOKENIZE, TOKENIZE_TEST, CLEAN_TOKENS and CLEAN_BPE (options of
+# corpus.py; empty: the step is left out) and VALID_EVERY (empty: the validation text is a file of its own)
+TOKENIZE=() TOKENIZE_TEST=() CLEAN_TOKENS=() CLEAN_BPE=() VALID_EVERY=
+prepare() {
+    local text=$1 name=$RECIPE train=tok valid=tok bpe=bpe split
+    local languages=("$SOURCE" "$TARGET")
+    shift
+    begin "$text" "$@"
+    claim "$DATA" prepare
+    TEXT=$DATA/text
+    mkdir -p "$TEXT"
+    if own_corpus; then
+        say "$RAW holds {train,valid,test}.{$SOURCE,$TARGET}: that corpus is used instead of the published one"
+        name=own
+        VALID_EVERY=
+    else
+        step download "download to $RAW" download
+    fi
+    step extract "raw text" corpus extract "$name" "${languages[@]}" "$RAW" "$TEXT"
+    step tokenize-train "tokenise the training text" tokenize train "${TOKENIZE[@]}"
+    [ -n "$VALID_EVERY" ] || step tokenize-valid "tokenise the validation text" tokenize valid "${TOKENIZE[@]}"
+    step tokenize-test "tokenise the test text" tokenize test "${TOKENIZE_TEST[@]}"
+    if [ ${#CLEAN_TOKENS[@]} != 0 ]; then
+        step clean-tokens "clean the training text" \
+            corpus clean "${languages[@]}" "$TEXT/tok.train" "$TEXT/clean.train" "${CLEAN_TOKENS[@]}"
+        train=clean
+    fi
+    if [ -n "$VALID_EVERY" ]; then
+        step split "take every ${VALID_EVERY}th pair for validation" corpus split "${languages[@]}" \
+            "$TEXT/$train.train" "$TEXT/split.train" "$TEXT/split.valid" --every "$VALID_EVERY"
+        train=split valid=split
+    fi
+    step learn-bpe "learn $BPE joint BPE merges" learn_bpe "$train.train"
+    step bpe-train "apply BPE to the training text" apply_bpe "$train.train" bpe.train
+    step bpe-valid "apply BPE to the validation text" apply_bpe "$valid.valid" bpe.valid
+    step bpe-test "apply BPE to the test text" apply_bpe tok.test bpe.test
+    if [ ${#CLEAN_BPE[@]} != 0 ]; then
+        for split in train valid; do
+            step "clean-$split" "clean $split" \
+                corpus clean "${languages[@]}" "$TEXT/bpe.$split" "$TEXT/short.$split" "${CLEAN_BPE[@]}"
+        done
+        bpe=short
+    fi
+    step binarize "binarise" binarize "$bpe"
+    say "ready: $DATA"
+}

@@ -1,0 +1,106 @@
+"""Scores of a fairseq-generate log, by sacrebleu: the papers' tokenised BLEU, detokenised BLEU and chrF.
+
+    python score.py OUT TEXT LANGUAGE [--lowercase] [--compounds]
+
+Reads OUT/generate.log and the references TEXT/{raw,tok}.test.LANGUAGE; writes OUT/{hypotheses,references}{,.tok}.txt
+and OUT/scores.json. With --lowercase the detokenised scores ignore case, as the translations have none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import sacrebleu
+from sacremoses import MosesDetokenizer
+
+
+def hypotheses(log: str, count: int) -> list[str]:
+    """The best hypothesis of each sentence, in the test set's order."""
+    found = {int(number): text for number, text in re.findall(r"^H-(\d+)\t[^\t]*\t(.*)$", log, re.M)}
+    if sorted(found) != list(range(count)):
+        sys.exit(f"error: the log holds {len(found)} translations; the test set has {count} sentences")
+    return [found[number] for number in range(count)]
+
+
+def split_compounds(line: str) -> str:
+    """Every hyphen between two characters as a token of its own, as fairseq's compound_split_bleu.sh does.
+
+    That script expects text with its dashes left alone. Ours was split at dashes already (" @-@ "), and splitting
+    inside that mark again would count each twice; so the marks are undone first.
+    """
+    return re.sub(r"(\S)-(\S)", r"\1 ##AT##-##AT## \2", line.replace(" @-@ ", "-"))
+
+
+def score(
+    hypotheses_tok: list[str],
+    references_tok: list[str],
+    hypotheses: list[str],
+    references: list[str],
+    lowercase: bool = False,
+    compounds: bool = False,
+) -> dict[str, dict[str, object]]:
+    """The scores by name, each with its value, sacrebleu's signature and its own line of details."""
+    tokenised = sacrebleu.BLEU(tokenize="none", smooth_method="none", force=True)  # as multi-bleu.perl
+    runs = {"tokenised BLEU, as in the paper": (tokenised, hypotheses_tok, references_tok)}
+    if compounds:
+        halves = [[split_compounds(line) for line in lines] for lines in (hypotheses_tok, references_tok)]
+        runs["tokenised BLEU, compounds split"] = (tokenised, *halves)
+    runs["detokenised sacreBLEU"] = (sacrebleu.BLEU(lowercase=lowercase), hypotheses, references)
+    runs["chrF"] = (sacrebleu.CHRF(lowercase=lowercase), hypotheses, references)
+    scores = {}
+    for name, (metric, ours, theirs) in runs.items():
+        result = metric.corpus_score(ours, [theirs])
+        scores[name] = {
+            "score": round(result.score, 2),
+            "signature": str(metric.get_signature()),
+            "details": str(result),
+        }
+    return scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder of generate.log")
+    parser.add_argument("text", type=Path, help="folder of the references")
+    parser.add_argument("language")
+    parser.add_argument("--lowercase", action="store_true", help="score without regard to case")
+    parser.add_argument("--compounds", action="store_true", help="one more score, with compounds split at hyphens")
+    args = parser.parse_args()
+
+    def reference(kind: str) -> list[str]:
+        path = args.text / f"{kind}.test.{args.language}"
+        return path.read_bytes().decode("utf-8", errors="replace").rstrip("\n").split("\n")
+
+    texts = {"references.tok.txt": reference("tok"), "references.txt": reference("raw")}
+    log = (args.out / "generate.log").read_bytes().decode("utf-8")
+    texts["hypotheses.tok.txt"] = hypotheses(log, len(texts["references.tok.txt"]))
+    detokenizer = MosesDetokenizer(lang=args.language)
+    texts["hypotheses.txt"] = [detokenizer.detokenize(line.split()) for line in texts["hypotheses.tok.txt"]]
+    scores = score(
+        texts["hypotheses.tok.txt"],
+        texts["references.tok.txt"],
+        texts["hypotheses.txt"],
+        texts["references.txt"],
+        args.lowercase,
+        args.compounds,
+    )
+    for name, lines in texts.items():
+        write(args.out / name, "".join(line + "\n" for line in lines))
+    write(args.out / "scores.json", json.dumps(scores, indent=1) + "\n")
+    for name, result in scores.items():
+        print(f"{name:32} {result['score']:6.2f}   {result['signature']}")
+    print(f"details in {args.out / 'scores.json'}")
+
+
+def write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text, encoding="utf-8", newline="\n")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Keeps a JSON of every setting beside what was made with it, and refuses to go on with others.
+
+python settings.py FILE NAME...        (the settings' names; their values are environment variables)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+# may change when a run goes on: they do not decide what comes out
+FREE = {"DATA", "RUN", "WORKERS", "GPUS", "NODES", "NODE_RANK", "MASTER", "MAX_TOKENS", "SAVE_UPDATES", "DRY_RUN"}
+
+
+def main() -> None:
+    path, names = Path(sys.argv[1]), sys.argv[2:]
+    settings = {name: os.environ[name] for name in names}
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in names if name not in FREE and before.get(name) != settings[name]]
+        if changed:
+            what = ", ".join(f"{name}={settings[name]} (was {before.get(name)})" for name in changed)
+            sys.exit(f"error: {path.parent} was begun with other settings: {what}; choose another folder, or remove it")
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+# Training of one method at one depth. A recipe's train.sh sources this, sets its hyper-parameters and calls train.
+# shellcheck shell=bash
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+setting METHOD admin "admin, logn (omega from the closed form), postln or preln"
+setting DEPTH 6 "layers: N in both stacks, E-D, 72 (60-12) or 200 (100-100)"
+setting SEED 1111 "random seed"
+setting DATA "data/$RECIPE" "the data-bin that prepare.sh made"
+setting RUN "runs/$RECIPE/$METHOD-$DEPTH-$SEED" "folder of this training; one that was stopped goes on there"
+setting PRECISION auto "fp32, fp16 or bf16; auto is fp16 on a GPU"
+setting GPUS auto "GPUs to use on this machine, 0 for the CPU; auto is all"
+setting NODES 1 "machines; start this script on each"
+setting NODE_RANK 0 "this machine's number, from 0"
+setting MASTER localhost:29500 "host:port of machine 0"
+setting OPTIMIZER radam "radam, novograd or adam"
+setting SAVE_UPDATES 2000 "updates between two checkpoints within an epoch"
+setting EXTRA "" "more options of fairseq-train; they win"
+setting DRY_RUN "" "1: print the command and stop"
+
+# hyper_parameters LR WARMUP DROPOUT WEIGHT_DECAY BATCH MAX_TOKENS EPOCHS: the recipe's defaults
+hyper_parameters() {
+    setting LR "$1" "peak learning rate"
+    setting WARMUP "$2" "updates of linear warmup from 1e-7; inverse square root after it"
+    setting DROPOUT "$3" "dropout of embeddings and residual branches"
+    setting WEIGHT_DECAY "$4" "weight decay"
+    setting BATCH "$5" "target tokens an update, all GPUs together"
+    setting MAX_TOKENS "$6" "at most so many of them on a GPU at once"
+    setting EPOCHS "$7" "epochs"
+}
+
+# architecture ARCH: options for METHOD and DEPTH on top of fairseq's architecture transformer_ARCH
+architecture() {
+    local name=${1:+_$1} encoder=$DEPTH decoder=$DEPTH
+    case $DEPTH in
+        72) encoder=60 decoder=12 ;;
+        200) encoder=100 decoder=100 ;;
+        *-*) encoder=${DEPTH%-*} decoder=${DEPTH#*-} ;;
+    esac
+    [[ $encoder =~ ^[1-9][0-9]*$ && $decoder =~ ^[1-9][0-9]*$ ]] || die "DEPTH=$DEPTH: give a number of layers, or E-D"
+    case $METHOD in
+        admin) COMMAND+=(--arch "transformer_admin$name") ;;
+        logn) COMMAND+=(--arch "transformer_admin$name" --admin-init logn) ;;
+        postln) COMMAND+=(--arch "transformer$name") ;;
+        preln) COMMAND+=(--arch "transformer$name" --encoder-normalize-before --decoder-normalize-before) ;;
+        *) die "METHOD=$METHOD: choose admin, logn, postln or preln" ;;
+    esac
+    COMMAND+=(--encoder-layers "$encoder" --decoder-layers "$decoder")
+}
+
+# the global batch BATCH in tokens, as updates of FREQUENCY batches of TOKENS on each of the workers
+share_batch() {
+    [[ $GPUS =~ ^[0-9]+$ ]] || GPUS=$(python -c "import torch; print(torch.cuda.device_count())")
+    local workers=$((GPUS > 0 ? GPUS * NODES : 1))
+    FREQUENCY=$(((BATCH + MAX_TOKENS * workers - 1) / (MAX_TOKENS * workers)))
+    TOKENS=$((BATCH / (workers * FREQUENCY)))
+    say "global batch $BATCH tokens: $workers workers x $TOKENS tokens x update-freq $FREQUENCY"
+    COMMAND+=(--max-tokens "$TOKENS" --update-freq "$FREQUENCY")
+    case $PRECISION in
+        auto) [ "$GPUS" = 0 ] || COMMAND+=("${FP16[@]}") ;;
+        fp16) COMMAND+=("${FP16[@]}") ;;
+        bf16) COMMAND+=(--bf16) ;;
+        fp32) ;;
+        *) die "PRECISION=$PRECISION: choose auto, fp32, fp16 or bf16" ;;
+    esac
+    [ "$GPUS" != 0 ] || COMMAND+=(--cpu)
+    if [ "$workers" = 1 ]; then
+        COMMAND+=(--distributed-world-size 1)
+    elif [ "$NODES" = 1 ]; then
+        COMMAND+=(--distributed-world-size "$GPUS")
+    else
+        COMMAND=(torchrun --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "$GPUS"
+            --master-addr "${MASTER%:*}" --master-port "${MASTER#*:}" "${COMMAND[@]}")
+    fi
+}
+FP16=(--fp16 --fp16-scale-window 256 --threshold-loss-scale 0.03125)
+
+# run the command with its output in RUN/train.log too
+fit() {
+    python "$COMMON/checkpoints.py" "$RUN" || return 1
+    "${COMMAND[@]}" 2>&1 | tee -a "$RUN/train.log"
+}
+
+# train TEXT ARCH OPTIONS... -- "$@": OPTIONS are the recipe's own for fairseq-train
+train() {
+    local text=$1 arch=$2 options=()
+    shift 2
+    while [ "$1" != -- ]; do
+        options+=("$1")
+        shift
+    done
+    shift
+    begin "$text" "$@"
+    [ -e "$DATA/dict.$TARGET.txt" ] || die "DATA=$DATA is not prepared; run $(dirname "$0")/prepare.sh first"
+    COMMAND=("$(command -v fairseq-train)" "$DATA" --user-dir "$REPOSITORY/admin_fairseq"
+        --source-lang "$SOURCE" --target-lang "$TARGET" --share-all-embeddings)
+    architecture "$arch"
+    COMMAND+=(--dropout "$DROPOUT" --attention-dropout 0.1 --activation-dropout 0.1
+        --optimizer "$OPTIMIZER" --adam-betas "(0.9, 0.98)" --weight-decay "$WEIGHT_DECAY" --clip-norm 0
+        --lr "$LR" --lr-scheduler inverse_sqrt --warmup-updates "$WARMUP" --warmup-init-lr 1e-7
+        --criterion label_smoothed_cross_entropy --label-smoothing 0.1)
+    share_batch
+    # Batches that are made anew in each epoch make a run that was stopped and resumed the same as one that was not.
+    COMMAND+=(--max-epoch "$EPOCHS" --seed "$SEED" --update-epoch-batch-itr True --save-dir "$RUN" --keep-last-epochs 10
+        --save-interval-updates "$SAVE_UPDATES" --keep-interval-updates 1 --log-format simple --log-interval 100)
+    # shellcheck disable=SC2206  # EXTRA is words
+    COMMAND+=("${options[@]}" $EXTRA)
+    printf '%q ' "${COMMAND[@]}"
+    echo
+    if [ -n "$DRY_RUN" ]; then return; fi
+    if [ "$NODE_RANK" != 0 ]; then exec "${COMMAND[@]}"; fi
+    claim "$RUN" settings
+    step train "train in $RUN" fit
+    say "ready: $RUN"
+}

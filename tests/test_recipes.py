@@ -1,0 +1,395 @@
+"""examples/<recipe>: raw files to scores, at toy size, in the layout that each recipe downloads."""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import grammar
+import pytest
+import torch
+from conftest import ROOT, checkpoint
+
+EXAMPLES = ROOT / "examples"
+SHARED = ROOT.parent / "shared" / "data"
+TOY = {
+    "BPE": "300",
+    "WORKERS": "2",
+    "GPUS": "0",
+    "DEPTH": "2-1",
+    "EPOCHS": "2",
+    "SAVE_UPDATES": "3",
+    "BATCH": "1500",
+    "MAX_TOKENS": "800",
+    "WARMUP": "10",
+    "BEAM": "2",
+    "EXTRA": "--encoder-embed-dim 32 --encoder-ffn-embed-dim 64 --encoder-attention-heads 2 --decoder-attention-heads 2"
+    " --decoder-embed-dim 32 --decoder-output-dim 32 --num-workers 0 --required-batch-size-multiple 1",
+}
+RECIPES = ["multi30k_de_en", "iwslt14_de_en", "wmt14_en_de", "wmt14_en_fr"]
+
+
+def text(recipe: str, split: str, count: int) -> list[tuple[str, str]]:
+    """Real sentence pairs where there are some, else the demo's."""
+    source, target = recipe.split("_")[-2:]
+    folder = SHARED / ("canlaw-enfr" if target == "fr" else "multi30k")
+    if not folder.is_dir():
+        return grammar.corpus(count, seed={"train": 1, "valid": 2, "test": 3}[split])
+    sides = []
+    for language in (source, target):
+        with gzip.open(folder / f"{split}.{language}.gz", "rt", encoding="utf-8", newline="\n") as lines:
+            sides.append([line.rstrip("\n") for _, line in zip(range(count), lines)])
+    return list(zip(*sides))
+
+
+def pack(path: Path, files: dict[str, str]) -> None:
+    with tarfile.open(path, "w" if path.suffix == ".tar" else "w:gz") as tar:
+        for name, content in files.items():
+            data = content.encode()
+            member = tarfile.TarInfo(name)
+            data = gzip.compress(data) if name.endswith(".gz") else data
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def sides(pattern: str, recipe: str, pairs: list, form=lambda lines: "".join(f"{line}\n" for line in lines)) -> dict:
+    """{file name: content} of the two sides; {l} is the language and {role} src or ref."""
+    languages = recipe.split("_")[-2:]
+    return {
+        pattern.format(l=language, role=role): form([pair[index] for pair in pairs])
+        for index, (language, role) in enumerate(zip(languages, ("src", "ref")))
+    }
+
+
+def sgm(lines: list[str]) -> str:
+    rows = "".join(f'<seg id="{number}"> {line} </seg>\n' for number, line in enumerate(lines, start=1))
+    return f'<srcset setid="toy">\n<doc docid="1">\n{rows}</doc>\n</srcset>\n'
+
+
+def lay_out(recipe: str, raw: Path) -> None:
+    """The files that the recipe would download."""
+    raw.mkdir()
+    train, valid, test = (text(recipe, *split) for split in (("train", 700), ("valid", 40), ("test", 25)))
+    if recipe == "multi30k_de_en":
+        for name, pairs in (("train", train), ("val", valid), ("test_2016_flickr", test)):
+            for file, content in sides(f"{name}.{{l}}.gz", recipe, pairs).items():
+                (raw / file).write_bytes(gzip.compress(content.encode()))
+    elif recipe == "iwslt14_de_en":
+
+        def tags(lines: list[str]) -> str:
+            head = "<url>http://x</url>\n<keywords>a, b</keywords>\n<talkid>1</talkid>\n<title>A title</title>\n"
+            return head + "".join(f"{line}\n" for line in lines)
+
+        files = sides("de-en/train.tags.de-en.{l}", recipe, train, tags)
+        names = ("TED.tst2012", "TED.tst2011", "TED.tst2010", "TEDX.dev2012", "TED.dev2010")  # not in the test's order
+        for number, name in enumerate(names):
+            part = test[5 * number : 5 * number + 5]
+            files.update(sides(f"de-en/IWSLT14.{name}.de-en.{{l}}.xml", recipe, part, sgm))
+        pack(raw / "de-en.tgz", files)
+    else:
+        pair = {"de": "de-en", "fr": "fr-en"}[recipe[-2:]]
+        pack(
+            raw / "training-parallel-europarl-v7.tgz", sides(f"training/europarl-v7.{pair}.{{l}}", recipe, train[:300])
+        )
+        pack(raw / "training-parallel-commoncrawl.tgz", sides(f"commoncrawl.{pair}.{{l}}", recipe, train[300:400]))
+        test_set = f"test-full/newstest2014-{pair.replace('-', '')}-{{role}}.{{l}}.sgm"
+        pack(raw / "test-full.tgz", sides(test_set, recipe, test, sgm))
+        if recipe == "wmt14_en_de":
+            news = sides(f"training/news-commentary-v12.{pair}.{{l}}", recipe, train[400:])
+            pack(raw / "training-parallel-nc-v12.tgz", news)
+            pack(raw / "dev.tgz", sides("dev/newstest2013.{l}", recipe, valid))
+        else:
+            # every 1,333rd pair is for validation
+            news = sides(f"training/news-commentary-v9.{pair}.{{l}}", recipe, (train[600:] * 30)[:2700])
+            pack(raw / "training-parallel-nc-v9.tgz", news)
+            pack(raw / "training-parallel-un.tgz", sides(f"un/undoc.2000.{pair}.{{l}}", recipe, train[400:500]))
+            pack(raw / "training-giga-fren.tar", sides("giga-fren.release2.fixed.{l}.gz", recipe, train[500:600]))
+
+
+def environment(folder: Path, **settings: str) -> dict[str, str]:
+    programs = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+    folders = {name: str(folder / name.lower()) for name in ("RAW", "DATA", "RUN")}
+    return {**os.environ, "PATH": programs, "PYTHONPATH": str(ROOT), **TOY, **folders, **settings}
+
+
+def script(recipe: str, *names: str, folder: Path, **settings: str) -> subprocess.CompletedProcess:
+    command = " && ".join(f"{EXAMPLES}/{recipe}/{name}.sh" for name in names)
+    return subprocess.run(
+        ["bash", "-c", command],
+        env=environment(folder, **settings),
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """finished(recipe) -> the folder of a run from raw files to scores that nothing disturbed, and what it printed."""
+    cache = {}
+
+    def run(recipe: str):
+        if recipe not in cache:
+            folder = tmp_path_factory.mktemp(recipe)
+            lay_out(recipe, folder / "raw")
+            started = time.time()
+            result = script(recipe, "prepare", "train", "evaluate", folder=folder)
+            assert result.returncode == 0, result.stdout
+            cache[recipe] = folder, result.stdout, time.time() - started
+        return cache[recipe]
+
+    return run
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_bytes().decode().rstrip("\n").split("\n")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_raw_files_to_scores(finished, recipe):
+    folder, printed, _ = finished(recipe)
+    source = recipe.split("_")[-2]
+    test = text(recipe, "test", 25)
+    if recipe == "iwslt14_de_en":  # dev2010, dev2012, tst2010, tst2011, tst2012
+        test = [pair for number in (4, 3, 2, 1, 0) for pair in test[5 * number : 5 * number + 5]]
+    assert lines(folder / f"data/text/raw.test.{source}") == [pair[0] for pair in test]
+    scores = json.loads((folder / "run/test/scores.json").read_text())
+    expected = ["tokenised BLEU, as in the paper", "detokenised sacreBLEU", "chrF"]
+    if recipe == "wmt14_en_de":
+        expected.insert(1, "tokenised BLEU, compounds split")
+    assert list(scores) == expected
+    assert all(name in printed for name in expected)
+    assert all(scores[name]["signature"] in printed for name in expected)
+    assert lines(folder / "run/test/references.txt") == [pair[1] for pair in test]
+    assert len(lines(folder / "run/test/hypotheses.txt")) == len(test)
+    settings = json.loads((folder / "run/settings.json").read_text())
+    assert settings["METHOD"] == "admin"
+    assert settings["BATCH"] == "1500"
+    assert (folder / "run/admin_profile.json").exists()
+    assert "loaded checkpoint" not in (folder / "run/train.log").read_text()
+
+
+def test_splits_and_filters(finished):
+    """The published recipes' rules, recomputed from the raw text."""
+    folder, _, _ = finished("iwslt14_de_en")
+    tokenised = list(zip(*(lines(folder / f"data/text/tok.train.{language}") for language in ("de", "en"))))
+    assert len(tokenised) == 701  # the talk's title stays, its keywords do not
+    kept = [
+        pair
+        for pair in tokenised
+        if all(1 <= len(side.split()) <= 175 for side in pair)
+        and max(len(pair[0].split()) / len(pair[1].split()), len(pair[1].split()) / len(pair[0].split())) <= 1.5
+    ]
+    valid = kept[22::23]
+    assert lines(folder / "data/text/split.valid.de") == [pair[0] for pair in valid]
+    train = [pair for number, pair in enumerate(kept, start=1) if number % 23]
+    assert lines(folder / "data/text/split.train.en") == [pair[1] for pair in train]
+    assert all(line == line.lower() for line in lines(folder / "data/text/split.train.de"))
+
+
+def killed_and_resumed(recipe: str, folder: Path, seconds: float) -> None:
+    """The same run, killed at three random points and started again each time."""
+    dice = random.Random(recipe)
+    command = " && ".join(f"{EXAMPLES}/{recipe}/{name}.sh" for name in ("prepare", "train", "evaluate"))
+    with (folder / "log").open("a") as log:
+        for part in range(3):
+            # what earlier attempts finished is skipped, so every attempt starts about where the last one died
+            wait = seconds / 3.5 * dice.uniform(0.5, 1)
+            process = subprocess.Popen(
+                ["bash", "-c", command],
+                env=environment(folder),
+                cwd=folder,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+            time.sleep(wait)
+            assert process.poll() is None, f"attempt {part} ended before it was killed"
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    result = script(recipe, "prepare", "train", "evaluate", folder=folder)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize(
+    "recipe", [RECIPES[0], *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in RECIPES[1:])]
+)
+def test_killed_three_times_ends_the_same(finished, tmp_path, recipe):
+    whole, _, seconds = finished(recipe)
+    shutil.copytree(whole / "raw", tmp_path / "raw")
+    killed_and_resumed(recipe, tmp_path, seconds)
+    for path in (whole / "data").glob("*.*"):
+        if path.suffix in (".bin", ".idx", ".txt"):
+            assert path.read_bytes() == (tmp_path / "data" / path.name).read_bytes(), path.name
+    models = [checkpoint(folder / "run/test/average.pt")["model"] for folder in (whole, tmp_path)]
+    assert models[0].keys() == models[1].keys()
+    assert all(torch.equal(weight, models[1][name]) for name, weight in models[0].items())
+    for name in ("scores.json", "hypotheses.txt"):
+        assert (whole / "run/test" / name).read_text() == (tmp_path / "run/test" / name).read_text()
+
+
+def test_done_steps_are_skipped_and_other_settings_refused(finished, tmp_path):
+    folder, _, _ = finished("multi30k_de_en")
+    started = time.time()
+    again = script("multi30k_de_en", "prepare", "train", folder=folder)
+    assert again.returncode == 0, again.stdout
+    assert again.stdout.count("already done") > 8
+    assert not [path for path in folder.glob("data/text/*") if path.stat().st_mtime > started]
+    for name, setting in (("prepare", "BPE"), ("train", "LR")):
+        other = script("multi30k_de_en", name, folder=folder, **{setting: "77"})
+        assert other.returncode == 1
+        assert f"{setting}=77 (was " in other.stdout.splitlines()[-1]
+
+
+def test_own_corpus(tmp_path):
+    (tmp_path / "raw").mkdir()
+    for split in ("train", "valid", "test"):
+        for name, content in sides(f"{split}.{{l}}", "wmt14_en_de", text("wmt14_en_de", split, 150)).items():
+            (tmp_path / "raw" / name).write_text(content, encoding="utf-8")
+    result = script("wmt14_en_de", "prepare", folder=tmp_path)
+    assert result.returncode == 0, result.stdout
+    assert "that corpus is used" in result.stdout
+    assert len(lines(tmp_path / "data/text/bpe.valid.de")) == 150
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", ["prepare", "train", "evaluate"])
+def test_help_and_bad_arguments(recipe, name, tmp_path):
+    shown = script(recipe, f"{name}.sh --help #", folder=tmp_path)
+    assert shown.returncode == 0, shown.stdout
+    assert "Settings are environment variables" in shown.stdout
+    wrong = script(recipe, f"{name}.sh --fast #", folder=tmp_path)
+    assert wrong.returncode == 1
+    assert "unknown argument --fast" in wrong.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "expected"),
+    [
+        ("iwslt14_de_en", {"GPUS": "1"}, ["--max-tokens 4096 --update-freq 1", "--lr 7e-4", "--warmup-updates 6000"]),
+        ("wmt14_en_de", {"GPUS": "4"}, ["--max-tokens 8192 --update-freq 1", "--distributed-world-size 4"]),
+        ("wmt14_en_de", {"GPUS": "3"}, ["--max-tokens 5461 --update-freq 2"]),
+        ("wmt14_en_de", {"GPUS": "1"}, ["--max-tokens 8192 --update-freq 4", "--fp16"]),
+        ("wmt14_en_fr", {"GPUS": "8"}, ["--max-tokens 8000 --update-freq 10", "--lr 7e-4", "--dropout 0.1"]),
+        (
+            "wmt14_en_fr",
+            {"GPUS": "8", "NODES": "2", "NODE_RANK": "1", "MASTER": "one:1234", "DEPTH": "72"},
+            [
+                "--max-tokens 5000 --update-freq 16",
+                "--encoder-layers 60 --decoder-layers 12",
+                "--lr 1e-3",
+                "--dropout 0.2",
+                "torchrun --nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr one --master-port 1234",
+            ],
+        ),
+        (
+            "multi30k_de_en",
+            {"GPUS": "0", "METHOD": "preln"},
+            ["--arch transformer ", "--encoder-normalize-before", "--cpu"],
+        ),
+        ("iwslt14_de_en", {"GPUS": "1", "RDROP": "5"}, ["label_smoothed_cross_entropy_with_rdrop --rdrop-alpha 5"]),
+    ],
+)
+def test_the_papers_batch_on_any_number_of_gpus(tmp_path, recipe, settings, expected):
+    (tmp_path / "data").mkdir()
+    (tmp_path / f"data/dict.{recipe[-2:]}.txt").touch()
+    env = {key: value for key, value in environment(tmp_path, DRY_RUN="1").items() if key not in TOY}
+    result = subprocess.run(
+        ["bash", EXAMPLES / recipe / "train.sh"], env={**env, **settings}, text=True, stdout=subprocess.PIPE
+    )
+    assert result.returncode == 0, result.stdout
+    for needle in expected:
+        assert needle in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "needle"),
+    [
+        ("train", {}, "is not prepared"),
+        ("evaluate", {}, "run train.sh first"),
+    ],
+)
+def test_out_of_order(tmp_path, name, settings, needle):
+    result = script("multi30k_de_en", name, folder=tmp_path, **settings)
+    assert result.returncode == 1
+    assert needle in result.stdout
+
+
+# ---- common/prepare.sh by itself ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toy_recipe(tmp_path):
+    """toy_recipe(*lines) runs the download of a recipe that lists these files."""
+
+    def run(*files: str) -> subprocess.CompletedProcess:
+        folder = tmp_path / "toy_de_en"
+        folder.mkdir(exist_ok=True)
+        rows = "\n".join(f"file {row}" for row in files)
+        (folder / "prepare.sh").write_text(f". {EXAMPLES}/common/prepare.sh\n{rows}\ndownload\n")
+        command = ["bash", folder / "prepare.sh"]
+        return subprocess.run(
+            command, env=environment(tmp_path), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    return run
+
+
+def test_download_resumes_and_checks(toy_recipe, tmp_path):
+    content = os.urandom(50_000)
+    (tmp_path / "remote").write_bytes(content)
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/file.part").write_bytes(content[:20_000])
+    result = toy_recipe(f"file file://{tmp_path}/remote 50000 md5:{hashlib.md5(content).hexdigest()}")
+    assert result.returncode == 0, result.stdout
+    assert (tmp_path / "raw/file").read_bytes() == content
+    assert os.listdir(tmp_path / "raw") == ["file"]
+
+
+@pytest.mark.parametrize("check", ["49999", "- md5:00", "- sha256:00"])
+def test_a_wrong_download_is_removed(toy_recipe, tmp_path, check):
+    (tmp_path / "remote").write_bytes(b"x" * 50_000)
+    result = toy_recipe(f"file file://{tmp_path}/remote {check}")
+    assert result.returncode == 1
+    assert "it was removed" in result.stdout
+    assert not os.listdir(tmp_path / "raw")
+
+
+def test_without_a_network_it_says_what_to_put_where(toy_recipe, tmp_path):
+    result = toy_recipe(f"a.tgz file://{tmp_path}/nowhere", f"b.tgz file://{tmp_path}/nothing")
+    assert result.returncode == 1
+    for name, remote in (("a.tgz", "nowhere"), ("b.tgz", "nothing")):
+        assert f"file://{tmp_path}/{remote} -> {tmp_path}/raw/{name}" in result.stdout
+
+
+def test_files_of_the_users_own_are_used_as_they_are(toy_recipe, tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/file").write_text("mine")
+    result = toy_recipe(f"file file://{tmp_path}/nowhere 50000")
+    assert result.returncode == 0
+    assert "4 bytes instead of 50000; it is used as it is" in result.stdout
+
+
+def test_two_runs_in_one_folder(finished):
+    folder, _, _ = finished("multi30k_de_en")
+    with (folder / "data/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = script("multi30k_de_en", "prepare", folder=folder)
+    assert result.returncode == 1
+    assert "another run is at work" in result.stdout
