@@ -54,7 +54,7 @@ def test_sides_of_different_length_are_refused(tmp_path):
 
 def test_tokenising_on_several_cores_keeps_the_order(tmp_path):
     text = [f"Number {n}, it's the well-known no. {n}." for n in range(3 * corpus.CHUNK // 2)]
-    settings = ("en", True, True, True)
+    settings = ("en", True, False, True, True)
     tokenize = corpus.make_tokenizer(*settings)
     assert tokenize(text[7]) == "number 7 , it &apos;s the well @-@ known no . 7 ."
     assert list(corpus.tokenize_all(text, 2, settings)) == [tokenize(line) for line in text]

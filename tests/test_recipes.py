@@ -16,6 +16,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import grammar
 import pytest
@@ -36,9 +37,14 @@ TOY = {
     "WARMUP": "10",
     "BEAM": "2",
     "EXTRA": "--encoder-embed-dim 32 --encoder-ffn-embed-dim 64 --encoder-attention-heads 2 --decoder-attention-heads 2"
-    " --decoder-embed-dim 32 --decoder-output-dim 32 --num-workers 0 --required-batch-size-multiple 1",
+    " --decoder-embed-dim 32 --decoder-output-dim 32 --num-workers 0 --required-batch-size-multiple 1 --log-interval 1",
 }
 RECIPES = ["multi30k_de_en", "iwslt14_de_en", "wmt14_en_de", "wmt14_en_fr"]
+
+
+def of(recipe: str, *marks: pytest.MarkDecorator) -> Any:
+    """A test parameter; all tests of a recipe run in one process, which then makes its finished run once."""
+    return pytest.param(recipe, marks=[pytest.mark.xdist_group(recipe), *marks])
 
 
 def text(recipe: str, split: str, count: int) -> list[tuple[str, str]]:
@@ -146,10 +152,9 @@ def finished(tmp_path_factory):
         if recipe not in cache:
             folder = tmp_path_factory.mktemp(recipe)
             lay_out(recipe, folder / "raw")
-            started = time.time()
             result = script(recipe, "prepare", "train", "evaluate", folder=folder)
             assert result.returncode == 0, result.stdout
-            cache[recipe] = folder, result.stdout, time.time() - started
+            cache[recipe] = folder, result.stdout
         return cache[recipe]
 
     return run
@@ -159,9 +164,9 @@ def lines(path: Path) -> list[str]:
     return path.read_bytes().decode().rstrip("\n").split("\n")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", map(of, RECIPES))
 def test_raw_files_to_scores(finished, recipe):
-    folder, printed, _ = finished(recipe)
+    folder, printed = finished(recipe)
     source = recipe.split("_")[-2]
     test = text(recipe, "test", 25)
     if recipe == "iwslt14_de_en":  # dev2010, dev2012, tst2010, tst2011, tst2012
@@ -183,9 +188,10 @@ def test_raw_files_to_scores(finished, recipe):
     assert "loaded checkpoint" not in (folder / "run/train.log").read_text()
 
 
+@pytest.mark.xdist_group("iwslt14_de_en")
 def test_splits_and_filters(finished):
     """The published recipes' rules, recomputed from the raw text."""
-    folder, _, _ = finished("iwslt14_de_en")
+    folder, _ = finished("iwslt14_de_en")
     tokenised = list(zip(*(lines(folder / f"data/text/tok.train.{language}") for language in ("de", "en"))))
     assert len(tokenised) == 701  # the talk's title stays, its keywords do not
     kept = [
@@ -201,37 +207,42 @@ def test_splits_and_filters(finished):
     assert all(line == line.lower() for line in lines(folder / "data/text/split.train.de"))
 
 
-def killed_and_resumed(recipe: str, folder: Path, seconds: float) -> None:
-    """The same run, killed at three random points and started again each time."""
-    dice = random.Random(recipe)
-    command = " && ".join(f"{EXAMPLES}/{recipe}/{name}.sh" for name in ("prepare", "train", "evaluate"))
-    with (folder / "log").open("a") as log:
-        for part in range(3):
-            # what earlier attempts finished is skipped, so every attempt starts about where the last one died
-            wait = seconds / 3.5 * dice.uniform(0.5, 1)
-            process = subprocess.Popen(
-                ["bash", "-c", command],
-                env=environment(folder),
-                cwd=folder,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-            time.sleep(wait)
-            assert process.poll() is None, f"attempt {part} ended before it was killed"
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    result = script(recipe, "prepare", "train", "evaluate", folder=folder)
-    assert result.returncode == 0, result.stdout
+# What a script says or writes when it begins something; each is killed a random moment after a random one of these.
+BEGINNINGS = {
+    "prepare": ["raw text", "tokenise the training text", "learn ", "apply BPE to the training text", "binarise"],
+    "train": ["train in ", "Start iterating", "num_updates=2,", "Saving checkpoint to", "epoch 002:"],
+    "evaluate": ["average checkpoints", "translate the test set"],
+}
 
 
-@pytest.mark.parametrize(
-    "recipe", [RECIPES[0], *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in RECIPES[1:])]
-)
+def kill_at_random(recipe: str, name: str, folder: Path, dice: random.Random) -> None:
+    beginning, moment, log = dice.choice(BEGINNINGS[name]), dice.uniform(0, 0.7), folder / f"{name}.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            ["bash", EXAMPLES / recipe / f"{name}.sh"],
+            env=environment(folder),
+            cwd=folder,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    while beginning not in log.read_text():
+        assert process.poll() is None, f"{beginning!r} is nowhere in {log.read_text()}"
+        time.sleep(0.02)
+    time.sleep(moment)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("recipe", [of(RECIPES[0]), *(of(recipe, pytest.mark.slow) for recipe in RECIPES[1:])])
 def test_killed_three_times_ends_the_same(finished, tmp_path, recipe):
-    whole, _, seconds = finished(recipe)
+    whole, _ = finished(recipe)
     shutil.copytree(whole / "raw", tmp_path / "raw")
-    killed_and_resumed(recipe, tmp_path, seconds)
+    dice = random.Random(recipe)
+    for name in ("prepare", "train", "evaluate"):
+        kill_at_random(recipe, name, tmp_path, dice)
+        result = script(recipe, name, folder=tmp_path)
+        assert result.returncode == 0, result.stdout
     for path in (whole / "data").glob("*.*"):
         if path.suffix in (".bin", ".idx", ".txt"):
             assert path.read_bytes() == (tmp_path / "data" / path.name).read_bytes(), path.name
@@ -242,8 +253,9 @@ def test_killed_three_times_ends_the_same(finished, tmp_path, recipe):
         assert (whole / "run/test" / name).read_text() == (tmp_path / "run/test" / name).read_text()
 
 
+@pytest.mark.xdist_group("multi30k_de_en")
 def test_done_steps_are_skipped_and_other_settings_refused(finished, tmp_path):
-    folder, _, _ = finished("multi30k_de_en")
+    folder, _ = finished("multi30k_de_en")
     started = time.time()
     again = script("multi30k_de_en", "prepare", "train", folder=folder)
     assert again.returncode == 0, again.stdout
@@ -302,6 +314,11 @@ def test_help_and_bad_arguments(recipe, name, tmp_path):
             {"GPUS": "0", "METHOD": "preln"},
             ["--arch transformer ", "--encoder-normalize-before", "--cpu"],
         ),
+        (
+            "iwslt14_de_en",
+            {"GPUS": "1", "SCHEDULE": "linear", "UPDATES": "100000", "WARMUP": "1"},
+            ["--lr-scheduler polynomial_decay --total-num-update 100000"],
+        ),
         ("iwslt14_de_en", {"GPUS": "1", "RDROP": "5"}, ["label_smoothed_cross_entropy_with_rdrop --rdrop-alpha 5"]),
     ],
 )
@@ -322,7 +339,7 @@ def test_the_papers_batch_on_any_number_of_gpus(tmp_path, recipe, settings, expe
     ("name", "settings", "needle"),
     [
         ("train", {}, "is not prepared"),
-        ("evaluate", {}, "run train.sh first"),
+        ("evaluate", {}, "/train.sh first"),
     ],
 )
 def test_out_of_order(tmp_path, name, settings, needle):
@@ -386,8 +403,9 @@ def test_files_of_the_users_own_are_used_as_they_are(toy_recipe, tmp_path):
     assert "4 bytes instead of 50000; it is used as it is" in result.stdout
 
 
+@pytest.mark.xdist_group("multi30k_de_en")
 def test_two_runs_in_one_folder(finished):
-    folder, _, _ = finished("multi30k_de_en")
+    folder, _ = finished("multi30k_de_en")
     with (folder / "data/.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = script("multi30k_de_en", "prepare", folder=folder)

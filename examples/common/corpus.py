@@ -80,7 +80,9 @@ def pairs(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
 # ---- tokenise ----------------------------------------------------------------------------------------------------
 
 
-def make_tokenizer(language: str, normalize: bool, dashes: bool, lowercase: bool) -> Callable[[str], str]:
+def make_tokenizer(
+    language: str, normalize: bool = False, apostrophes: bool = False, dashes: bool = False, lowercase: bool = False
+) -> Callable[[str], str]:
     """For one line: Moses' [normalize-punctuation, remove-non-printing-char,] tokenizer [-a] and [lowercase].
 
     sacremoses, with what makes it equal to the Perl scripts on German, English and French text (see
@@ -95,6 +97,8 @@ def make_tokenizer(language: str, normalize: bool, dashes: bool, lowercase: bool
     separators = dict.fromkeys(range(0x1C, 0x20))  # white space to Python, nothing to Perl
 
     def tokenize(line: str) -> str:
+        if apostrophes:
+            line = line.replace("\u2019", "'")
         if normalize:
             line = unprintable.sub(" ", normalizer.normalize(line + "\n"))  # Perl's line still has its end
         line = tokenizer.tokenize(line.translate(separators), aggressive_dash_splits=dashes, return_str=True)
@@ -130,7 +134,7 @@ def tokenize_all(lines: Iterable[str], workers: int, settings: tuple) -> Iterato
 
 
 def tokenize(args: argparse.Namespace) -> None:
-    settings = (args.language, args.normalize, args.dashes, args.lowercase)
+    settings = (args.language, args.normalize, args.apostrophes, args.dashes, args.lowercase)
     with writing(args.output) as (out,):
         out.writelines(line + "\n" for line in tokenize_all(read(args.input), args.workers, settings))
 
@@ -211,7 +215,7 @@ def segments(lines: Iterable[str]) -> Iterator[str]:
     for line in lines:
         if "<seg id" in line:
             text = re.sub(r'<seg id="[0-9]*">\s*', "", line)
-            yield re.sub(r"\s*</seg>\s*", "", text).replace("\u2019", "'")  # the typographic apostrophe
+            yield re.sub(r"\s*</seg>\s*", "", text)
 
 
 def ted_training(lines: Iterable[str]) -> Iterator[str]:
@@ -306,6 +310,7 @@ def main() -> None:
     command.add_argument("input", type=Path)
     command.add_argument("output", type=Path)
     command.add_argument("--normalize", action="store_true", help="punctuation, and remove control characters")
+    command.add_argument("--apostrophes", action="store_true", help="typographic ones to ', as the recipes' test sets")
     command.add_argument("--dashes", action="store_true", help="split at dashes: @-@ (the Perl tokenizer's -a)")
     command.add_argument("--lowercase", action="store_true", help="after tokenising")
     command.add_argument("--workers", type=int, default=os.cpu_count())

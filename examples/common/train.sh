@@ -13,6 +13,8 @@ setting NODES 1 "machines; start this script on each"
 setting NODE_RANK 0 "this machine's number, from 0"
 setting MASTER localhost:29500 "host:port of machine 0"
 setting OPTIMIZER radam "radam, novograd or adam"
+setting SCHEDULE inverse_sqrt "inverse_sqrt, or linear decay to zero at UPDATES"
+setting UPDATES 0 "stop after so many updates; 0: after EPOCHS only"
 setting SAVE_UPDATES 2000 "updates between two checkpoints within an epoch"
 setting EXTRA "" "more options of fairseq-train; they win"
 setting DRY_RUN "" "1: print the command and stop"
@@ -20,7 +22,7 @@ setting DRY_RUN "" "1: print the command and stop"
 # hyper_parameters LR WARMUP DROPOUT WEIGHT_DECAY BATCH MAX_TOKENS EPOCHS: the recipe's defaults
 hyper_parameters() {
     setting LR "$1" "peak learning rate"
-    setting WARMUP "$2" "updates of linear warmup from 1e-7; inverse square root after it"
+    setting WARMUP "$2" "updates of linear warmup from 1e-7"
     setting DROPOUT "$3" "dropout of embeddings and residual branches"
     setting WEIGHT_DECAY "$4" "weight decay"
     setting BATCH "$5" "target tokens an update, all GPUs together"
@@ -96,8 +98,16 @@ train() {
     architecture "$arch"
     COMMAND+=(--dropout "$DROPOUT" --attention-dropout 0.1 --activation-dropout 0.1
         --optimizer "$OPTIMIZER" --adam-betas "(0.9, 0.98)" --weight-decay "$WEIGHT_DECAY" --clip-norm 0
-        --lr "$LR" --lr-scheduler inverse_sqrt --warmup-updates "$WARMUP" --warmup-init-lr 1e-7
+        --lr "$LR" --warmup-updates "$WARMUP" --max-update "$UPDATES"
         --criterion label_smoothed_cross_entropy --label-smoothing 0.1)
+    case $SCHEDULE in
+        inverse_sqrt) COMMAND+=(--lr-scheduler inverse_sqrt --warmup-init-lr 1e-7) ;;
+        linear)
+            [ "$UPDATES" != 0 ] || die "SCHEDULE=linear needs UPDATES, where the learning rate reaches zero"
+            COMMAND+=(--lr-scheduler polynomial_decay --total-num-update "$UPDATES")
+            ;;
+        *) die "SCHEDULE=$SCHEDULE: choose inverse_sqrt or linear" ;;
+    esac
     share_batch
     # Batches that are made anew in each epoch make a run that was stopped and resumed the same as one that was not.
     COMMAND+=(--max-epoch "$EPOCHS" --seed "$SEED" --update-epoch-batch-itr True --save-dir "$RUN" --keep-last-epochs 10

@@ -3,7 +3,7 @@
 
 setting BPE 10000 "joint BPE merges"
 TOKENIZE=(--lowercase)
-TOKENIZE_TEST=("${TOKENIZE[@]}")
+TOKENIZE_TEST=(--lowercase --apostrophes)
 CLEAN_TOKENS=(--max 175 --ratio 1.5)
 VALID_EVERY=23
 

@@ -3,7 +3,7 @@
 
 setting BPE 32764 "joint BPE merges"
 TOKENIZE=(--normalize --dashes)
-TOKENIZE_TEST=(--dashes)
+TOKENIZE_TEST=(--dashes --apostrophes)
 CLEAN_TOKENS=(--max 80)
 
 file training-parallel-europarl-v7.tgz http://www.statmt.org/wmt13/training-parallel-europarl-v7.tgz 657632379 \

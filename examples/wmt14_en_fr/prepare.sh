@@ -3,7 +3,7 @@
 
 setting BPE 40000 "joint BPE merges"
 TOKENIZE=(--normalize --dashes)
-TOKENIZE_TEST=(--dashes)
+TOKENIZE_TEST=(--dashes --apostrophes)
 VALID_EVERY=1333
 CLEAN_BPE=(--max 250 --ratio 1.5)
 
