@@ -267,6 +267,22 @@ def test_done_steps_are_skipped_and_other_settings_refused(finished, tmp_path):
         assert f"{setting}=77 (was " in other.stdout.splitlines()[-1]
 
 
+@pytest.mark.xdist_group("multi30k_de_en")
+def test_evaluation_follows_what_changed(finished, tmp_path):
+    """Another beam or a longer training is evaluated anew; nothing else is."""
+    folder, _ = finished("multi30k_de_en")
+    for name in ("data", "run"):
+        shutil.copytree(folder / name, tmp_path / name)
+    assert script("multi30k_de_en", "evaluate", folder=tmp_path).stdout.count("already done") in (0, 2)
+    assert script("multi30k_de_en", "evaluate", folder=tmp_path).stdout.count("already done") == 2
+    again = script("multi30k_de_en", "evaluate", folder=tmp_path, BEAM="1")
+    assert again.stdout.count("already done") == 1
+    longer = script("multi30k_de_en", "train", "evaluate", folder=tmp_path, EPOCHS="3")
+    assert longer.returncode == 0, longer.stdout
+    assert "already done" not in longer.stdout
+    assert "checkpoint3.pt" in longer.stdout
+
+
 def test_own_corpus(tmp_path):
     (tmp_path / "raw").mkdir()
     for split in ("train", "valid", "test"):
@@ -340,6 +356,7 @@ def test_the_papers_batch_on_any_number_of_gpus(tmp_path, recipe, settings, expe
     [
         ("train", {}, "is not prepared"),
         ("evaluate", {}, "/train.sh first"),
+        ("evaluate", {"LAST": "many"}, "LAST=many"),
     ],
 )
 def test_out_of_order(tmp_path, name, settings, needle):

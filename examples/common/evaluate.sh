@@ -16,28 +16,31 @@ search() {
     setting LENPEN "$2" "exponent of the length in the hypotheses' scores"
 }
 
-average() {
-    local found
-    found=$(find "$RUN" -maxdepth 1 -regex '.*/checkpoint[0-9]+\.pt' | wc -l)
-    [ "$found" -gt 0 ] || { echo "$RUN holds no epoch's checkpoint; run train.sh first" >&2; return 1; }
-    if [ "$found" -lt "$LAST" ]; then say "note: only $found of $LAST checkpoints are there to average"; fi
-    python -m admin_fairseq average --inputs "$RUN" --num-epoch-checkpoints $((found < LAST ? found : LAST)) \
-        --output "$OUT/average.pt"
+# the newest LAST epochs' checkpoints, as words NAME@TIME: steps that were given others are done again
+newest_checkpoints() {
+    find "$RUN" -maxdepth 1 -regex '.*/checkpoint[0-9]+\.pt' -printf '%f@%T@\n' 2>/dev/null | sort -Vr | head -n "$LAST"
 }
 
+# average NAME@TIME...
+average() {
+    if [ $# -lt "$LAST" ]; then say "note: only $# of $LAST checkpoints are there to average"; fi
+    (cd "$RUN" && PYTHONPATH=$REPOSITORY python -m admin_fairseq average --inputs "${@%@*}" --output "$OUT/average.pt")
+}
+
+# generate BEAM LENPEN NAME@TIME...
 generate() {
     local device=()
     python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || device=(--cpu)
     # fairseq drops the last batch unless its size is a multiple of --required-batch-size-multiple
     fairseq-generate "$DATA" --user-dir "$REPOSITORY/admin_fairseq" --path "$OUT/average.pt" --gen-subset test \
-        --beam "$BEAM" --lenpen "$LENPEN" --post-process subword_nmt --max-tokens "$MAX_TOKENS" \
+        --beam "$1" --lenpen "$2" --post-process subword_nmt --max-tokens "$MAX_TOKENS" \
         --required-batch-size-multiple 1 "${device[@]}" >"$OUT/generate.log" 2>&1 ||
         { tail -n 5 "$OUT/generate.log" >&2; return 1; }
 }
 
 # evaluate TEXT OPTIONS... -- "$@": OPTIONS are the recipe's own for score.py
 evaluate() {
-    local text=$1 options=()
+    local text=$1 options=() checkpoints
     shift
     while [ "$1" != -- ]; do
         options+=("$1")
@@ -45,10 +48,14 @@ evaluate() {
     done
     shift
     begin "$text" "$@"
-    [ -d "$RUN" ] || die "RUN=$RUN is not there; run $(dirname "$0")/train.sh first"
-    OUT=$RUN/test
-    claim "$OUT" settings
-    step average "average checkpoints" average
-    step generate "translate the test set (beam $BEAM, length penalty $LENPEN)" generate
+    [[ $LAST =~ ^[1-9][0-9]*$ ]] || die "LAST=$LAST: give a number of checkpoints"
+    mapfile -t checkpoints < <(newest_checkpoints)
+    [ ${#checkpoints[@]} != 0 ] || die "$RUN holds no epoch's checkpoint; run $(dirname "$0")/train.sh first"
+    OUT=$(realpath "$RUN")/test
+    claim "$OUT"
+    keep_settings "$OUT/settings.json" --replace
+    step average "average checkpoints" average "${checkpoints[@]}"
+    step generate "translate the test set (beam $BEAM, length penalty $LENPEN)" \
+        generate "$BEAM" "$LENPEN" "${checkpoints[@]}"
     python "$COMMON/score.py" "$OUT" "$DATA/text" "$TARGET" "${options[@]}"
 }

@@ -49,25 +49,28 @@ begin() {
     done
 }
 
-# claim FOLDER WHAT: make it this run's own; refuse a second run beside it, and settings other than it was begun with
+# claim FOLDER: make it this run's own, beside which no second run is started
 claim() {
-    mkdir -p "$1" || die "cannot make the folder $1"
+    mkdir -p "$1/.done" || die "cannot make the folder $1"
+    DONE=$1/.done
     exec {LOCK}>"$1/.lock"
     flock --nonblock "$LOCK" || die "another run is at work in $1"
-    DONE=$1/.done
-    mkdir -p "$DONE"
-    python "$COMMON/settings.py" "$1/$2.json" "${SETTINGS[@]}" || exit 1
 }
 
-# step NAME TEXT COMMAND...: run it, unless it has already ended well here; whatever a kill left behind is overwritten
+# keep_settings FILE [--replace]: write every setting as JSON; refuse others than those that are there, or replace them
+keep_settings() { python "$COMMON/settings.py" "$@" "${SETTINGS[@]}" || exit 1; }
+
+# step NAME TEXT COMMAND...: run it, unless this very command has already ended well here. Whatever a kill left behind
+# is overwritten.
 step() {
     local name=$1 text=$2
     shift 2
-    if [ -e "$DONE/$name" ]; then
+    if [ -e "$DONE/$name" ] && [ "$(cat "$DONE/$name")" = "$*" ]; then
         say "$text: already done"
         return
     fi
+    rm -f "$DONE/$name"
     say "$text"
     "$@" || die "$text failed; what to do is said above. Run the same command again to go on from here"
-    touch "$DONE/$name"
+    echo "$*" >"$DONE/$name"
 }

@@ -106,7 +106,8 @@ prepare() {
     local languages=("$SOURCE" "$TARGET")
     shift
     begin "$text" "$@"
-    claim "$DATA" prepare
+    claim "$DATA"
+    keep_settings "$DATA/prepare.json"
     TEXT=$DATA/text
     mkdir -p "$TEXT"
     if own_corpus; then

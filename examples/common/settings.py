@@ -1,6 +1,6 @@
 """Keeps a JSON of every setting beside what was made with it, and refuses to go on with others.
 
-python settings.py FILE NAME...        (the settings' names; their values are environment variables)
+python settings.py FILE [--replace] NAME...        (the settings' names; their values are environment variables)
 """
 
 from __future__ import annotations
@@ -11,13 +11,25 @@ import sys
 from pathlib import Path
 
 # may change when a run goes on: they do not decide what comes out
-FREE = {"DATA", "RUN", "WORKERS", "GPUS", "NODES", "NODE_RANK", "MASTER", "MAX_TOKENS", "SAVE_UPDATES", "DRY_RUN"}
+FREE = {
+    "DATA",
+    "RUN",
+    "WORKERS",
+    "GPUS",
+    "NODES",
+    "NODE_RANK",
+    "MASTER",
+    "MAX_TOKENS",
+    "SAVE_UPDATES",
+    "DRY_RUN",
+    "EPOCHS",
+}
 
 
 def main() -> None:
-    path, names = Path(sys.argv[1]), sys.argv[2:]
+    path, names = Path(sys.argv[1]), [name for name in sys.argv[2:] if name != "--replace"]
     settings = {name: os.environ[name] for name in names}
-    if path.exists():
+    if path.exists() and "--replace" not in sys.argv:
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name in names if name not in FREE and before.get(name) != settings[name]]
         if changed:

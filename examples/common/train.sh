@@ -76,10 +76,10 @@ share_batch() {
 }
 FP16=(--fp16 --fp16-scale-window 256 --threshold-loss-scale 0.03125)
 
-# run the command with its output in RUN/train.log too
+# fit COMMAND...: run it with its output in RUN/train.log too
 fit() {
     python "$COMMON/checkpoints.py" "$RUN" || return 1
-    "${COMMAND[@]}" 2>&1 | tee -a "$RUN/train.log"
+    "$@" 2>&1 | tee -a "$RUN/train.log"
 }
 
 # train TEXT ARCH OPTIONS... -- "$@": OPTIONS are the recipe's own for fairseq-train
@@ -118,7 +118,8 @@ train() {
     echo
     if [ -n "$DRY_RUN" ]; then return; fi
     if [ "$NODE_RANK" != 0 ]; then exec "${COMMAND[@]}"; fi
-    claim "$RUN" settings
-    step train "train in $RUN" fit
+    claim "$RUN"
+    keep_settings "$RUN/settings.json"
+    step train "train in $RUN" fit "${COMMAND[@]}"
     say "ready: $RUN"
 }
