@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
+import io
 import json
 import os
+import pickle
 import random
 import re
 import subprocess
 import sys
+import tarfile
 
 import grammar
 import pytest
@@ -57,7 +61,40 @@ def test_tokenising_on_several_cores_keeps_the_order(tmp_path):
     settings = ("en", True, False, True, True)
     tokenize = corpus.make_tokenizer(*settings)
     assert tokenize(text[7]) == "number 7 , it &apos;s the well @-@ known no . 7 ."
-    assert list(corpus.tokenize_all(text, 2, settings)) == [tokenize(line) for line in text]
+    parts = corpus.on_all_cores(corpus.map_lines, text, 2, corpus.make_tokenizer, *settings)
+    assert [line for part in parts for line in part] == [tokenize(line) + "\n" for line in text]
+
+
+def test_what_sacremoses_lacks_of_mosess_scripts():
+    plain, normalized = corpus.make_tokenizer("en"), corpus.make_tokenizer("en", normalize=True)
+    assert plain("He bought bread etc.") == "He bought bread etc ."  # a line's last word keeps no full stop
+    assert plain("He bought bread etc. and ...") == "He bought bread etc. and ..."
+    assert plain("Joe\u2019s") == "Joe \u2019 s"
+    assert corpus.make_tokenizer("en", apostrophes=True)("Joe\u2019s") == "Joe &apos;s"
+    assert normalized("accord\u00adance") == "accord ance"  # a control character becomes a space
+    assert corpus.make_tokenizer("fr", normalize=True)("l\u2019\u00eele") == "l &quot; \u00eele"
+
+
+def test_bpe_is_subword_nmts(tmp_path):
+    """Counted and applied on several cores: the same merges and the same text."""
+    text = [f"{pair[0]}  {pair[1]}\u00a0x " for pair in grammar.corpus(corpus.CHUNK * 2, seed=4)]
+    (tmp_path / "text").write_text("".join(f"{line}\n" for line in text), encoding="utf-8")
+    program = os.path.join(os.path.dirname(sys.executable), "subword-nmt")
+
+    def subword_nmt(*arguments):
+        subprocess.run([program, *arguments], cwd=tmp_path, check=True, stderr=subprocess.DEVNULL)
+
+    def ours(*arguments):
+        script = ROOT / "examples" / "common" / "corpus.py"
+        subprocess.run([sys.executable, script, *arguments, "--workers", "2"], cwd=tmp_path, check=True)
+
+    subword_nmt("learn-bpe", "--symbols", "200", "--input", "text", "--output", "codes")
+    ours("count", "text", "--output", "words")
+    subword_nmt("learn-bpe", "--symbols", "200", "--dict-input", "--input", "words", "--output", "our-codes")
+    assert (tmp_path / "our-codes").read_text() == (tmp_path / "codes").read_text()
+    subword_nmt("apply-bpe", "--codes", "codes", "--input", "text", "--output", "pieces")
+    ours("bpe", "codes", "text", "our-pieces")
+    assert (tmp_path / "our-pieces").read_text() == (tmp_path / "pieces").read_text()
 
 
 def test_no_half_written_file(tmp_path):
@@ -103,6 +140,31 @@ def test_scores_are_those_of_sacrebleus_command_line_and_of_fairseq(outputs, tmp
     bleu4 = re.search(r"BLEU4 = ([\d.]+)", subprocess.check_output(fairseq_score, text=True))[1]
     assert f"{scores['tokenised BLEU, as in the paper']['score']:.2f}" == bleu4
     assert 20 < float(bleu4) < 90
+    assert "smooth:none" in scores["tokenised BLEU, as in the paper"]["signature"]
+
+
+@pytest.mark.slow
+def test_published_scores(tmp_path):
+    """Systems of WMT'17 as packed in sacrebleu's source distribution, and the scores that its README gives them."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "sacrebleu", "sacrebleu==2.6.0"]
+    if subprocess.run([*command, "-d", tmp_path], capture_output=True).returncode:
+        pytest.skip("cannot download sacrebleu's source distribution")
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as tar:
+        packed = tar.extractfile("sacrebleu-2.6.0/test/wmt17_en_de_systems.pkl.bz2").read()
+
+    class OnlyText(pickle.Unpickler):
+        def find_class(self, module, name):
+            raise pickle.UnpicklingError(f"{module}.{name}")
+
+    systems = dict(OnlyText(io.BytesIO(bz2.decompress(packed))).load())
+    (reference,) = systems.pop("reference")[:1] if isinstance(systems["reference"][0], list) else [systems["reference"]]
+    published = {"LIUM-NMT": (26.6, 55.9), "online-A": (20.8, 52.0), "online-B": (26.7, 56.3), "online-F": (15.5, 49.3)}
+    for name, sentences in systems.items():
+        for system, (bleu, chrf) in published.items():
+            if system in name:
+                scores = score.score(sentences, reference, sentences, reference)
+                assert round(scores["detokenised sacreBLEU"]["score"], 1) == pytest.approx(bleu, abs=0.06)
+                assert round(scores["chrF"]["score"], 1) == pytest.approx(chrf, abs=0.06)
 
 
 def test_missing_translations_are_noticed():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import gzip
 import hashlib
+import http.server
 import io
 import json
 import os
@@ -14,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -173,6 +176,11 @@ def test_raw_files_to_scores(finished, recipe):
         test = [pair for number in (4, 3, 2, 1, 0) for pair in test[5 * number : 5 * number + 5]]
     assert lines(folder / f"data/text/raw.test.{source}") == [pair[0] for pair in test]
     scores = json.loads((folder / "run/test/scores.json").read_text())
+    assert scores.pop("checkpoints") == ["checkpoint2.pt", "checkpoint1.pt"]
+    log = (folder / "run/test/generate.err").read_text()
+    lenpen = {"wmt14_en_de": "0.6", "wmt14_en_fr": "0.8"}.get(recipe, "1.0")
+    assert f"'lenpen': {lenpen}" in log
+    assert "'beam': 2" in log
     expected = ["tokenised BLEU, as in the paper", "detokenised sacreBLEU", "chrF"]
     if recipe == "wmt14_en_de":
         expected.insert(1, "tokenised BLEU, compounds split")
@@ -254,6 +262,67 @@ def test_killed_three_times_ends_the_same(finished, tmp_path, recipe):
 
 
 @pytest.mark.xdist_group("multi30k_de_en")
+def test_a_step_whose_child_dies_is_not_done(finished, tmp_path):
+    """What the kernel does when memory runs out: the shell lives on, the program is gone, and so are its workers."""
+    whole, _ = finished("multi30k_de_en")
+    shutil.copytree(whole / "raw", tmp_path / "raw")
+    for beginning, program in (("tokenise the training text", "corpus.py tokenize"), ("learn ", "corpus.py count")):
+        with (tmp_path / "log").open("w") as out:
+            process = subprocess.Popen(
+                ["bash", EXAMPLES / "multi30k_de_en" / "prepare.sh"], env=environment(tmp_path), stdout=out, stderr=out
+            )
+        while subprocess.run(["pkill", "-KILL", "-o", "-f", f"{program} .*{tmp_path}"]).returncode:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+        assert process.wait(timeout=60) == 1
+        assert "failed; what to do is said above" in (tmp_path / "log").read_text()
+        assert beginning in (tmp_path / "log").read_text()
+    result = script("multi30k_de_en", "prepare", folder=tmp_path)
+    assert result.returncode == 0, result.stdout
+    for name in ("train.de-en.de.bin", "dict.en.txt"):
+        assert (whole / "data" / name).read_bytes() == (tmp_path / "data" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "needle"),
+    [
+        ("prepare", {"BPE": "abc"}, "BPE=abc: give a whole number of at least 1"),
+        ("prepare", {"WORKERS": "0"}, "WORKERS=0: give a whole number of at least 1"),
+        ("train", {"EPOCHS": "0"}, "EPOCHS=0"),
+        ("train", {"SEED": "-1"}, "SEED=-1"),
+        ("train", {"LR": "fast"}, "LR=fast: give a number"),
+        ("train", {"GPUS": "-1"}, "GPUS=-1"),
+        ("train", {"GPUS": "08"}, "GPUS=08"),
+        ("train", {"BATCH": "4e3"}, "BATCH=4e3"),
+        ("train", {"BATCH": "1", "GPUS": "8"}, "BATCH=1: give a whole number of at least 8"),
+        ("train", {"NODES": "2"}, "NODES=2 needs GPUs"),
+        ("train", {"NODE_RANK": "1"}, "NODE_RANK=1: machines are numbered"),
+        ("train", {"MASTER": "foo"}, "MASTER=foo: give host:port"),
+        ("train", {"DEPTH": "deep"}, "DEPTH=deep: give a number of layers"),
+        ("train", {"METHOD": "magic"}, "METHOD=magic: choose admin"),
+        ("train", {"PRECISION": "fp16"}, "PRECISION=fp16 needs a GPU"),
+        ("train", {"SCHEDULE": "linear"}, "SCHEDULE=linear needs UPDATES"),
+        ("evaluate", {"LAST": "many"}, "LAST=many: give a whole number"),
+        ("evaluate", {}, "holds no epoch's checkpoint"),
+    ],
+)
+def test_bad_settings(tmp_path, name, settings, needle):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/dict.en.txt").touch()
+    result = script("multi30k_de_en", name, folder=tmp_path, **settings)
+    assert result.returncode == 1
+    assert needle in result.stdout.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_extra_options_are_quoted_as_in_a_shell(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/dict.en.txt").touch()
+    extra = "--adam-betas '(0.9, 0.999)' --wandb-project *"
+    result = script("multi30k_de_en", "train", folder=tmp_path, EXTRA=extra, DRY_RUN="1")
+    assert result.stdout.rstrip().endswith(r"--adam-betas \(0.9\,\ 0.999\) --wandb-project \*")
+
+
+@pytest.mark.xdist_group("multi30k_de_en")
 def test_done_steps_are_skipped_and_other_settings_refused(finished, tmp_path):
     folder, _ = finished("multi30k_de_en")
     started = time.time()
@@ -273,7 +342,6 @@ def test_evaluation_follows_what_changed(finished, tmp_path):
     folder, _ = finished("multi30k_de_en")
     for name in ("data", "run"):
         shutil.copytree(folder / name, tmp_path / name)
-    assert script("multi30k_de_en", "evaluate", folder=tmp_path).stdout.count("already done") in (0, 2)
     assert script("multi30k_de_en", "evaluate", folder=tmp_path).stdout.count("already done") == 2
     again = script("multi30k_de_en", "evaluate", folder=tmp_path, BEAM="1")
     assert again.stdout.count("already done") == 1
@@ -355,8 +423,7 @@ def test_the_papers_batch_on_any_number_of_gpus(tmp_path, recipe, settings, expe
     ("name", "settings", "needle"),
     [
         ("train", {}, "is not prepared"),
-        ("evaluate", {}, "/train.sh first"),
-        ("evaluate", {"LAST": "many"}, "LAST=many"),
+        ("evaluate", {}, "is not prepared"),
     ],
 )
 def test_out_of_order(tmp_path, name, settings, needle):
@@ -418,6 +485,100 @@ def test_files_of_the_users_own_are_used_as_they_are(toy_recipe, tmp_path):
     result = toy_recipe(f"file file://{tmp_path}/nowhere 50000")
     assert result.returncode == 0
     assert "4 bytes instead of 50000; it is used as it is" in result.stdout
+
+
+def test_a_server_that_cannot_resume(toy_recipe, tmp_path):
+    """Python's own web server knows no byte ranges."""
+    content = os.urandom(50_000)
+    (tmp_path / "remote").mkdir()
+    (tmp_path / "remote/file").write_bytes(content)
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/file.part").write_bytes(content[:20_000])
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "remote"))
+    with http.server.ThreadingHTTPServer(("localhost", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        result = toy_recipe(f"file http://localhost:{server.server_port}/file 50000")
+        server.shutdown()
+    assert result.returncode == 0, result.stdout
+    assert (tmp_path / "raw/file").read_bytes() == content
+
+
+def test_a_broken_archive_is_named(tmp_path):
+    lay_out("wmt14_en_de", tmp_path / "raw")
+    archive = tmp_path / "raw/training-parallel-nc-v12.tgz"
+    with archive.open("r+b") as file:
+        file.truncate(9000)
+    result = script("wmt14_en_de", "prepare", folder=tmp_path)
+    assert result.returncode == 1
+    assert f"error: {archive} is broken" in result.stdout
+    assert "Traceback" not in result.stdout
+    archive.unlink()
+    again = script("wmt14_en_de", "prepare", folder=tmp_path, http_proxy="http://localhost:9", no_proxy="")
+    assert again.returncode == 1
+    assert f"-> {archive}" in again.stdout
+
+
+# ---- common/checkpoints.py and estimate.py -----------------------------------------------------------------------
+
+
+def save(path: Path, value: float) -> None:
+    torch.save({"model": {"w": torch.full((5000,), value)}}, path)
+
+
+def last_after(folder: Path, *options: str) -> Any:
+    command = [sys.executable, EXAMPLES / "common/checkpoints.py", folder, *options]
+    finished = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    last = folder / "checkpoint_last.pt"
+    return finished, checkpoint(last)["model"]["w"][0].item() if last.exists() else None
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "zeros"])
+def test_a_broken_last_checkpoint_is_replaced(tmp_path, damage):
+    for name, value in (("1", 1), ("_2_30", 2.3), ("_2_7", 2.07), ("_last", 3)):
+        save(tmp_path / f"checkpoint{name}.pt", value)
+    assert last_after(tmp_path)[1] == 3
+    last = tmp_path / "checkpoint_last.pt"
+    content = last.read_bytes()
+    middle = len(content) // 2
+    broken = {"empty": b"", "half": content[:middle], "zeros": content[:middle] + bytes(500) + content[middle + 500 :]}
+    last.write_bytes(broken[damage])
+    assert last_after(tmp_path)[1] == pytest.approx(2.3)
+    last.write_bytes(broken[damage])
+    (tmp_path / "checkpoint_2_30.pt").write_bytes(broken["half"])
+    assert last_after(tmp_path)[1] == pytest.approx(2.07)
+    for path in tmp_path.glob("checkpoint*.pt"):
+        path.write_bytes(broken["half"])
+    assert last_after(tmp_path)[1] is None
+
+
+def test_whole_epochs_for_another_number_of_gpus(tmp_path):
+    save(tmp_path / "checkpoint_last.pt", 1.5)
+    finished, value = last_after(tmp_path, "--whole-epochs")
+    assert (finished.returncode, value) == (1, 1.5)
+    assert "no finished epoch" in finished.stdout
+    save(tmp_path / "checkpoint1.pt", 1)
+    assert last_after(tmp_path, "--whole-epochs")[1] == 1
+
+
+@pytest.mark.xdist_group("multi30k_de_en")
+def test_a_run_goes_on_in_other_batches_from_its_last_epoch(finished, tmp_path):
+    folder, _ = finished("multi30k_de_en")
+    for name in ("data", "run"):
+        shutil.copytree(folder / name, tmp_path / name)
+    result = script("multi30k_de_en", "train", folder=tmp_path, EPOCHS="3", MAX_TOKENS="300")
+    assert result.returncode == 0, result.stdout
+    assert "going on from" in result.stdout
+    assert "checkpoint2.pt" in result.stdout
+
+
+@pytest.mark.xdist_group("multi30k_de_en")
+def test_estimate(finished):
+    folder, _ = finished("multi30k_de_en")
+    command = [sys.executable, EXAMPLES / "common/estimate.py", folder / "run", "--price", "2"]
+    printed = subprocess.check_output(command, text=True)
+    words = sum(len(line.split()) + 1 for line in lines(folder / "data/text/bpe.train.en"))
+    assert printed.startswith(f"{words:,} target tokens x 2 epochs at ")
+    assert " on 1 devices" in printed
 
 
 @pytest.mark.xdist_group("multi30k_de_en")

@@ -1,9 +1,9 @@
-"""Raw parallel text to tokenised text: extract, tokenise, clean, split. Streams; memory does not grow with the corpus.
+"""Raw parallel text to text in BPE: extract, tokenise, clean, split. Memory grows with the vocabulary only.
 
     python corpus.py COMMAND --help
 
-What the Moses Perl scripts do in fairseq's and the authors' recipes, done with sacremoses. Every output appears whole
-or not at all.
+What the Moses Perl scripts do in fairseq's and the authors' recipes, done with sacremoses and on all cores. Every
+output appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gzip
+import multiprocessing.connection
 import os
 import re
 import sys
 import tarfile
+import threading
 import zlib
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import IO, Callable, Iterable, Iterator, Sequence
+from typing import IO, Any, Callable, Iterable, Iterator, Sequence
 
 from tqdm import tqdm
 
@@ -77,6 +79,44 @@ def pairs(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
         raise InputError(f"{paths[0]} ends before {paths[1]}: the two do not belong together")
 
 
+# ---- on all cores ------------------------------------------------------------------------------------------------
+
+
+def on_all_cores(
+    work: Callable[[list[str], Any], Any], lines: Iterable[str], workers: int, make: Callable[..., Any], *settings: Any
+) -> Iterator[Any]:
+    """work(some lines, tool) for all lines, in order; each process makes its tool once, by make(*settings).
+
+    At most a few chunks a process are in memory at a time.
+    """
+    lines = iter(lines)
+    chunks = iter(lambda: list(islice(lines, CHUNK)), [])
+    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(work, make, settings)) as pool:
+        running: deque = deque()
+        for chunk in chunks:
+            running.append(pool.submit(_work, chunk))
+            if len(running) > 3 * workers:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+
+def _start_worker(work: Callable, make: Callable, settings: tuple) -> None:
+    global _work_on, _tool
+    _work_on, _tool = work, make(*settings)
+    # a worker whose parent was killed would wait for ever, and hold the recipe's lock
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+
+
+def _work(lines: list[str]) -> Any:
+    return _work_on(lines, _tool)
+
+
+def map_lines(lines: list[str], tool: Callable[[str], str]) -> list[str]:
+    return [tool(line) + "\n" for line in lines]
+
+
 # ---- tokenise ----------------------------------------------------------------------------------------------------
 
 
@@ -110,33 +150,41 @@ def make_tokenizer(
     return tokenize
 
 
-def _start_worker(settings: tuple) -> None:
-    global _tokenize
-    _tokenize = make_tokenizer(*settings)
-
-
-def _tokenize_lines(lines: list[str]) -> list[str]:
-    return [_tokenize(line) for line in lines]
-
-
-def tokenize_all(lines: Iterable[str], workers: int, settings: tuple) -> Iterator[str]:
-    """Tokenised lines in order. At most a few chunks a worker are in memory at a time."""
-    lines = iter(lines)
-    chunks = iter(lambda: list(islice(lines, CHUNK)), [])
-    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(settings,)) as pool:
-        running: deque = deque()
-        for chunk in chunks:
-            running.append(pool.submit(_tokenize_lines, chunk))
-            if len(running) > 3 * workers:
-                yield from running.popleft().result()
-        while running:
-            yield from running.popleft().result()
-
-
 def tokenize(args: argparse.Namespace) -> None:
     settings = (args.language, args.normalize, args.apostrophes, args.dashes, args.lowercase)
     with writing(args.output) as (out,):
-        out.writelines(line + "\n" for line in tokenize_all(read(args.input), args.workers, settings))
+        for lines in on_all_cores(map_lines, read(args.input), args.workers, make_tokenizer, *settings):
+            out.writelines(lines)
+
+
+# ---- BPE ---------------------------------------------------------------------------------------------------------
+
+
+def count_words(lines: list[str], _: object) -> Counter[str]:
+    return Counter(word for line in lines for word in line.strip("\r\n ").split(" ") if word)
+
+
+def count(args: argparse.Namespace) -> None:
+    """Words and their counts, as subword-nmt's learn-bpe counts them (ties in the order of first sight)."""
+    words: Counter[str] = Counter()
+    for path in args.input:
+        for part in on_all_cores(count_words, read(path), args.workers, int):
+            words.update(part)
+    with writing(args.output) as (out,):
+        out.writelines(f"{word} {number}\n" for word, number in words.items())
+
+
+def make_bpe(codes: Path) -> Callable[[str], str]:
+    from subword_nmt.apply_bpe import BPE
+
+    with codes.open(encoding="utf-8") as lines:
+        return BPE(lines).process_line
+
+
+def bpe(args: argparse.Namespace) -> None:
+    with writing(args.output) as (out,):
+        for lines in on_all_cores(map_lines, read(args.input), args.workers, make_bpe, args.codes):
+            out.writelines(lines)
 
 
 # ---- clean and split ---------------------------------------------------------------------------------------------
@@ -175,9 +223,21 @@ def split(args: argparse.Namespace) -> None:
 # ---- extract -----------------------------------------------------------------------------------------------------
 
 
+BROKEN = (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error)
+
+
+def unbroken(lines: Iterator[str], file: Path) -> Iterator[str]:
+    try:
+        yield from lines
+    except BROKEN as error:
+        raise InputError(f"{file} is broken ({error}); remove it and run again") from error
+
+
 def members(archive: Path, names: Sequence[str]) -> Iterator[tuple[str, Iterator[str]]]:
     """(name, lines) of files in a tar archive, in the archive's order: one pass, and nothing is unpacked."""
     missing = set(names)
+    if not archive.is_file():
+        raise InputError(f"{archive} is not there, nor are {' and '.join(names)} unpacked beside it")
     try:
         with tarfile.open(archive, mode="r|*") as tar:
             for member in tar:
@@ -185,10 +245,10 @@ def members(archive: Path, names: Sequence[str]) -> Iterator[tuple[str, Iterator
                 if name in missing:
                     missing.remove(name)
                     stream = tar.extractfile(member)
-                    yield name, lines_of(stream, name)
+                    yield name, unbroken(lines_of(stream, name), archive)
                     if not missing:
                         return
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except BROKEN as error:
         raise InputError(f"{archive} is broken ({error}); remove it and run again") from error
     raise InputError(f"{archive} lacks {', '.join(sorted(missing))}: is it the archive of this recipe?")
 
@@ -200,7 +260,7 @@ def open_all(raw: Path, archive: str | None, names: Sequence[str]) -> Iterator[t
         for path in (raw / name, raw / f"{name}.gz"):
             if path.is_file():
                 with path.open("rb") as stream:
-                    yield name, lines_of(stream, path)
+                    yield name, unbroken(lines_of(stream, path), path)
                 break
         else:
             packed.append(name)
@@ -315,6 +375,17 @@ def main() -> None:
     command.add_argument("--lowercase", action="store_true", help="after tokenising")
     command.add_argument("--workers", type=int, default=os.cpu_count())
 
+    command = add(count, "words and their counts, for subword-nmt learn-bpe --dict-input")
+    command.add_argument("input", type=Path, nargs="+")
+    command.add_argument("--output", type=Path, required=True)
+    command.add_argument("--workers", type=int, default=os.cpu_count())
+
+    command = add(bpe, "apply BPE to a file, on several cores")
+    command.add_argument("codes", type=Path, help="what subword-nmt learn-bpe wrote")
+    command.add_argument("input", type=Path)
+    command.add_argument("output", type=Path)
+    command.add_argument("--workers", type=int, default=os.cpu_count())
+
     command = add(clean, "keep the pairs that Moses' clean-corpus-n keeps")
     command.add_argument("source", help="source language")
     command.add_argument("target", help="target language")
@@ -334,7 +405,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         args.run(args)
-    except (InputError, OSError, EOFError, zlib.error) as error:
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -8,7 +8,7 @@ setting SEED 1111 "the same"
 setting DATA "data/$RECIPE" "the data-bin that prepare.sh made"
 setting RUN "runs/$RECIPE/$METHOD-$DEPTH-$SEED" "the training's folder; results go to RUN/test"
 setting LAST 10 "average the newest so many epochs' checkpoints, or as many as there are"
-setting MAX_TOKENS 8000 "source tokens a batch"
+setting SEARCH_TOKENS 8000 "source tokens a batch, when translating"
 
 # search BEAM LENPEN: the recipe's defaults
 search() {
@@ -27,15 +27,15 @@ average() {
     (cd "$RUN" && PYTHONPATH=$REPOSITORY python -m admin_fairseq average --inputs "${@%@*}" --output "$OUT/average.pt")
 }
 
-# generate BEAM LENPEN NAME@TIME...
+# generate DICTIONARIES BEAM LENPEN NAME@TIME...
 generate() {
     local device=()
     python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || device=(--cpu)
     # fairseq drops the last batch unless its size is a multiple of --required-batch-size-multiple
     fairseq-generate "$DATA" --user-dir "$REPOSITORY/admin_fairseq" --path "$OUT/average.pt" --gen-subset test \
-        --beam "$1" --lenpen "$2" --post-process subword_nmt --max-tokens "$MAX_TOKENS" \
-        --required-batch-size-multiple 1 "${device[@]}" >"$OUT/generate.log" 2>&1 ||
-        { tail -n 5 "$OUT/generate.log" >&2; return 1; }
+        --beam "$2" --lenpen "$3" --post-process subword_nmt --max-tokens "$SEARCH_TOKENS" \
+        --required-batch-size-multiple 1 "${device[@]}" >"$OUT/generate.log" 2>"$OUT/generate.err" ||
+        { tail -n 5 "$OUT/generate.err" >&2; return 1; }
 }
 
 # evaluate TEXT OPTIONS... -- "$@": OPTIONS are the recipe's own for score.py
@@ -48,14 +48,16 @@ evaluate() {
     done
     shift
     begin "$text" "$@"
-    [[ $LAST =~ ^[1-9][0-9]*$ ]] || die "LAST=$LAST: give a number of checkpoints"
+    whole 1 LAST BEAM SEARCH_TOKENS
+    decimal LENPEN
+    need_data
     mapfile -t checkpoints < <(newest_checkpoints)
     [ ${#checkpoints[@]} != 0 ] || die "$RUN holds no epoch's checkpoint; run $(dirname "$0")/train.sh first"
     OUT=$(realpath "$RUN")/test
     claim "$OUT"
-    keep_settings "$OUT/settings.json" --replace
+    keep_settings "$OUT/settings.json" ""
     step average "average checkpoints" average "${checkpoints[@]}"
     step generate "translate the test set (beam $BEAM, length penalty $LENPEN)" \
-        generate "$BEAM" "$LENPEN" "${checkpoints[@]}"
-    python "$COMMON/score.py" "$OUT" "$DATA/text" "$TARGET" "${options[@]}"
+        generate "$DICTIONARIES" "$BEAM" "$LENPEN" "${checkpoints[@]}"
+    python "$COMMON/score.py" "$OUT" "$DATA/text" "$TARGET" --checkpoints "${checkpoints[@]%@*}" "${options[@]}"
 }

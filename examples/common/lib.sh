@@ -29,6 +29,24 @@ setting() {
     export "${1?}"
 }
 
+# whole LEAST NAME...: these settings are whole numbers of at least LEAST
+whole() {
+    local least=$1 name
+    shift
+    for name in "$@"; do
+        [[ ${!name} =~ ^(0|[1-9][0-9]{0,17})$ && ${!name} -ge $least ]] ||
+            die "$name=${!name}: give a whole number of at least $least"
+    done
+}
+
+# decimal NAME...: these settings are numbers that are not negative
+decimal() {
+    local name
+    for name in "$@"; do
+        [[ ${!name} =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$ ]] || die "$name=${!name}: give a number, not negative"
+    done
+}
+
 # begin TEXT "$@": answer --help, refuse other arguments, check that the programs are there, print every setting
 begin() {
     local text=$1 name
@@ -49,7 +67,8 @@ begin() {
     done
 }
 
-# claim FOLDER: make it this run's own, beside which no second run is started
+# claim FOLDER: make it this run's own, beside which no second run is started. What a step starts holds the lock too,
+# so that a training whose shell was killed is not joined by a second one.
 claim() {
     mkdir -p "$1/.done" || die "cannot make the folder $1"
     DONE=$1/.done
@@ -57,13 +76,26 @@ claim() {
     flock --nonblock "$LOCK" || die "another run is at work in $1"
 }
 
-# keep_settings FILE [--replace]: write every setting as JSON; refuse others than those that are there, or replace them
-keep_settings() { python "$COMMON/settings.py" "$@" "${SETTINGS[@]}" || exit 1; }
+# the data-bin must be there; DATA may be moved, but its dictionaries are among the settings that stay
+need_data() {
+    [ -e "$DATA/dict.$TARGET.txt" ] || die "DATA=$DATA is not prepared; run $(dirname "$0")/prepare.sh first"
+    DICTIONARIES=$(cat "$DATA"/dict.*.txt | sha256sum | cut -c 1-16)
+    export DICTIONARIES
+    SETTINGS+=(DICTIONARIES)
+}
+
+# keep_settings FILE BEGUN: write every setting as JSON; where something was made with those that are there (BEGUN is not
+# empty), refuse others
+keep_settings() {
+    local replace=--replace
+    if [ -n "$2" ]; then replace=; fi
+    python "$COMMON/settings.py" "$1" $replace "${SETTINGS[@]}" || exit 1
+}
 
 # step NAME TEXT COMMAND...: run it, unless this very command has already ended well here. Whatever a kill left behind
 # is overwritten.
 step() {
-    local name=$1 text=$2
+    local name=$1 text=$2 status
     shift 2
     if [ -e "$DONE/$name" ] && [ "$(cat "$DONE/$name")" = "$*" ]; then
         say "$text: already done"
@@ -71,6 +103,12 @@ step() {
     fi
     rm -f "$DONE/$name"
     say "$text"
-    "$@" || die "$text failed; what to do is said above. Run the same command again to go on from here"
-    echo "$*" >"$DONE/$name"
+    # not "$@" || die: a function called in a condition does not stop at its first failure
+    set +e
+    (set -e; "$@")
+    status=$?
+    set -e
+    [ $status = 0 ] || die "$text failed; what to do is said above. Run the same command again to go on from here"
+    echo "$*" >"$DONE/$name.tmp"
+    mv "$DONE/$name.tmp" "$DONE/$name"
 }

@@ -22,6 +22,18 @@ fault() {
     fi
 }
 
+# fetch URL FILE: go on with what an earlier run left; from the start where the server cannot (curl's error 33)
+fetch() {
+    local status=0
+    curl --fail --location --retry 3 --continue-at - --progress-bar --output "$2" "$1" || status=$?
+    if [ $status = 33 ]; then
+        rm "$2"
+        status=0
+        curl --fail --location --retry 3 --progress-bar --output "$2" "$1" || status=$?
+    fi
+    return $status
+}
+
 download() {
     local entry name url bytes checksum wrong missing=()
     mkdir -p "$RAW"
@@ -33,8 +45,7 @@ download() {
             continue
         fi
         say "downloading $url"
-        # --continue-at - goes on with what an earlier run left
-        if curl --fail --location --retry 3 --continue-at - --progress-bar --output "$RAW/$name.part" "$url"; then
+        if fetch "$url" "$RAW/$name.part"; then
             wrong=$(fault "$RAW/$name.part" "$bytes" "$checksum")
             if [ -z "$wrong" ]; then
                 mv "$RAW/$name.part" "$RAW/$name"
@@ -51,7 +62,7 @@ download() {
             printf '%s\n' "${missing[@]}"
             echo "or put a corpus of your own there as $RAW/{train,valid,test}.{$SOURCE,$TARGET} (plain or .gz)."
         } >&2
-        return 1
+        exit 1
     fi
 }
 
@@ -75,9 +86,10 @@ tokenize() {
     done
 }
 
+# learn_bpe SPLIT: joint, on both sides, source first
 learn_bpe() {
-    # joint: on both sides, source first
-    cat "$TEXT/$1.$SOURCE" "$TEXT/$1.$TARGET" | subword-nmt learn-bpe --symbols "$BPE" --output "$TEXT/codes.tmp"
+    corpus count "$TEXT/$1.$SOURCE" "$TEXT/$1.$TARGET" --output "$TEXT/words" --workers "$WORKERS"
+    subword-nmt learn-bpe --dict-input --symbols "$BPE" --input "$TEXT/words" --output "$TEXT/codes.tmp"
     mv "$TEXT/codes.tmp" "$TEXT/codes"
 }
 
@@ -85,17 +97,19 @@ learn_bpe() {
 apply_bpe() {
     local language
     for language in "$SOURCE" "$TARGET"; do
-        subword-nmt apply-bpe --codes "$TEXT/codes" --num-workers "$WORKERS" \
-            --input "$TEXT/$1.$language" --output "$TEXT/$2.$language"
+        corpus bpe "$TEXT/codes" "$TEXT/$1.$language" "$TEXT/$2.$language" --workers "$WORKERS"
     done
 }
 
+# binarize PREFIX
 binarize() {
-    rm -rf "${TEXT:?}/bin"
+    rm -rf "$TEXT"/bin.*
+    local made=$TEXT/bin.$$  # a name of its own: processes that outlived a kill must not write into it
     fairseq-preprocess --source-lang "$SOURCE" --target-lang "$TARGET" --joined-dictionary --workers "$WORKERS" \
-        --trainpref "$TEXT/$1.train" --validpref "$TEXT/$1.valid" --testpref "$TEXT/bpe.test" --destdir "$TEXT/bin" \
-        >"$TEXT/preprocess.log" 2>&1 || { tail -n 5 "$TEXT/preprocess.log" >&2; return 1; }
-    mv "$TEXT"/bin/* "$DATA/"
+        --trainpref "$TEXT/$1.train" --validpref "$TEXT/$1.valid" --testpref "$TEXT/bpe.test" --destdir "$made" \
+        >"$TEXT/preprocess.log" 2>&1 {LOCK}>&- || { tail -n 5 "$TEXT/preprocess.log" >&2; return 1; }
+    mv "$made"/* "$DATA/"
+    rmdir "$made"
 }
 
 # prepare TEXT "$@": before it, a recipe sets the arrays TOKENIZE, TOKENIZE_TEST, CLEAN_TOKENS and CLEAN_BPE (options of
@@ -106,8 +120,9 @@ prepare() {
     local languages=("$SOURCE" "$TARGET")
     shift
     begin "$text" "$@"
+    whole 1 WORKERS BPE
     claim "$DATA"
-    keep_settings "$DATA/prepare.json"
+    keep_settings "$DATA/prepare.json" "$(ls "$DONE")"
     TEXT=$DATA/text
     mkdir -p "$TEXT"
     if own_corpus; then
@@ -115,7 +130,7 @@ prepare() {
         name=own
         VALID_EVERY=
     else
-        step download "download to $RAW" download
+        download
     fi
     step extract "raw text" corpus extract "$name" "${languages[@]}" "$RAW" "$TEXT"
     step tokenize-train "tokenise the training text" tokenize train "${TOKENIZE[@]}"

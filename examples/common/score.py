@@ -67,13 +67,14 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder of generate.log")
     parser.add_argument("text", type=Path, help="folder of the references")
     parser.add_argument("language")
+    parser.add_argument("--checkpoints", nargs="+", default=[], help="what was averaged, to be noted in scores.json")
     parser.add_argument("--lowercase", action="store_true", help="score without regard to case")
     parser.add_argument("--compounds", action="store_true", help="one more score, with compounds split at hyphens")
     args = parser.parse_args()
 
     def reference(kind: str) -> list[str]:
         path = args.text / f"{kind}.test.{args.language}"
-        return path.read_bytes().decode("utf-8", errors="replace").rstrip("\n").split("\n")
+        return path.read_bytes().decode("utf-8", errors="replace").split("\n")[:-1]
 
     texts = {"references.tok.txt": reference("tok"), "references.txt": reference("raw")}
     log = (args.out / "generate.log").read_bytes().decode("utf-8")
@@ -90,7 +91,8 @@ def main() -> None:
     )
     for name, lines in texts.items():
         write(args.out / name, "".join(line + "\n" for line in lines))
-    write(args.out / "scores.json", json.dumps(scores, indent=1) + "\n")
+    content = {"checkpoints": args.checkpoints, **scores}
+    write(args.out / "scores.json", json.dumps(content, indent=1) + "\n")
     for name, result in scores.items():
         print(f"{name:32} {result['score']:6.2f}   {result['signature']}")
     print(f"details in {args.out / 'scores.json'}")

@@ -10,25 +10,14 @@ import os
 import sys
 from pathlib import Path
 
-# may change when a run goes on: they do not decide what comes out
-FREE = {
-    "DATA",
-    "RUN",
-    "WORKERS",
-    "GPUS",
-    "NODES",
-    "NODE_RANK",
-    "MASTER",
-    "MAX_TOKENS",
-    "SAVE_UPDATES",
-    "DRY_RUN",
-    "EPOCHS",
-}
+# may change when a run goes on: they do not decide what comes out, or only how far it goes
+FREE = {"DATA", "RUN", "WORKERS", "GPUS", "NODES", "NODE_RANK", "MASTER", "MAX_TOKENS", "SAVE_UPDATES", "EPOCHS"}
+FOLDERS = {"RAW", "DATA", "RUN"}
 
 
 def main() -> None:
     path, names = Path(sys.argv[1]), [name for name in sys.argv[2:] if name != "--replace"]
-    settings = {name: os.environ[name] for name in names}
+    settings = {name: os.path.realpath(os.environ[name]) if name in FOLDERS else os.environ[name] for name in names}
     if path.exists() and "--replace" not in sys.argv:
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name in names if name not in FREE and before.get(name) != settings[name]]

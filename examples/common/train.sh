@@ -25,7 +25,7 @@ hyper_parameters() {
     setting WARMUP "$2" "updates of linear warmup from 1e-7"
     setting DROPOUT "$3" "dropout of embeddings and residual branches"
     setting WEIGHT_DECAY "$4" "weight decay"
-    setting BATCH "$5" "target tokens an update, all GPUs together"
+    setting BATCH "$5" "tokens an update at most, with padding, all GPUs together"
     setting MAX_TOKENS "$6" "at most so many of them on a GPU at once"
     setting EPOCHS "$7" "epochs"
 }
@@ -51,12 +51,18 @@ architecture() {
 
 # the global batch BATCH in tokens, as updates of FREQUENCY batches of TOKENS on each of the workers
 share_batch() {
-    [[ $GPUS =~ ^[0-9]+$ ]] || GPUS=$(python -c "import torch; print(torch.cuda.device_count())")
-    local workers=$((GPUS > 0 ? GPUS * NODES : 1))
+    local workers
+    if [ "$GPUS" = auto ]; then GPUS=$(python -c "import torch; print(torch.cuda.device_count())"); fi
+    whole 0 GPUS
+    [ "$NODES" = 1 ] || [ "$GPUS" != 0 ] || die "NODES=$NODES needs GPUs"
+    workers=$((GPUS > 0 ? GPUS * NODES : 1))
+    whole "$workers" BATCH
     FREQUENCY=$(((BATCH + MAX_TOKENS * workers - 1) / (MAX_TOKENS * workers)))
     TOKENS=$((BATCH / (workers * FREQUENCY)))
-    say "global batch $BATCH tokens: $workers workers x $TOKENS tokens x update-freq $FREQUENCY"
+    SHARES="$workers workers x $TOKENS tokens x update-freq $FREQUENCY"
+    say "global batch $BATCH tokens: $SHARES"
     COMMAND+=(--max-tokens "$TOKENS" --update-freq "$FREQUENCY")
+    if [ "$OPTIMIZER" = novograd ]; then FP16+=(--fp16-no-flatten-grads); fi  # it looks at whole tensors
     case $PRECISION in
         auto) [ "$GPUS" = 0 ] || COMMAND+=("${FP16[@]}") ;;
         fp16) COMMAND+=("${FP16[@]}") ;;
@@ -64,7 +70,10 @@ share_batch() {
         fp32) ;;
         *) die "PRECISION=$PRECISION: choose auto, fp32, fp16 or bf16" ;;
     esac
-    [ "$GPUS" != 0 ] || COMMAND+=(--cpu)
+    if [ "$GPUS" = 0 ]; then
+        [ "$PRECISION" != fp16 ] || die "PRECISION=fp16 needs a GPU"
+        COMMAND+=(--cpu)
+    fi
     if [ "$workers" = 1 ]; then
         COMMAND+=(--distributed-world-size 1)
     elif [ "$NODES" = 1 ]; then
@@ -78,13 +87,17 @@ FP16=(--fp16 --fp16-scale-window 256 --threshold-loss-scale 0.03125)
 
 # fit COMMAND...: run it with its output in RUN/train.log too
 fit() {
-    python "$COMMON/checkpoints.py" "$RUN" || return 1
+    local before=$SHARES
+    if [ -e "$RUN/.shares" ]; then before=$(cat "$RUN/.shares"); fi
+    if [ "$before" = "$SHARES" ]; then python "$COMMON/checkpoints.py" "$RUN"
+    else python "$COMMON/checkpoints.py" "$RUN" --whole-epochs; fi
+    echo "$SHARES" >"$RUN/.shares"
     "$@" 2>&1 | tee -a "$RUN/train.log"
 }
 
 # train TEXT ARCH OPTIONS... -- "$@": OPTIONS are the recipe's own for fairseq-train
 train() {
-    local text=$1 arch=$2 options=()
+    local text=$1 arch=$2 options=() words
     shift 2
     while [ "$1" != -- ]; do
         options+=("$1")
@@ -92,7 +105,12 @@ train() {
     done
     shift
     begin "$text" "$@"
-    [ -e "$DATA/dict.$TARGET.txt" ] || die "DATA=$DATA is not prepared; run $(dirname "$0")/prepare.sh first"
+    whole 0 SEED WARMUP UPDATES NODE_RANK
+    whole 1 NODES MAX_TOKENS EPOCHS SAVE_UPDATES
+    decimal LR DROPOUT WEIGHT_DECAY
+    [ "$NODE_RANK" -lt "$NODES" ] || die "NODE_RANK=$NODE_RANK: machines are numbered from 0 to NODES - 1"
+    [[ $MASTER =~ ^[^:]+:[0-9]+$ ]] || die "MASTER=$MASTER: give host:port"
+    need_data
     COMMAND=("$(command -v fairseq-train)" "$DATA" --user-dir "$REPOSITORY/admin_fairseq"
         --source-lang "$SOURCE" --target-lang "$TARGET" --share-all-embeddings)
     architecture "$arch"
@@ -112,14 +130,14 @@ train() {
     # Batches that are made anew in each epoch make a run that was stopped and resumed the same as one that was not.
     COMMAND+=(--max-epoch "$EPOCHS" --seed "$SEED" --update-epoch-batch-itr True --save-dir "$RUN" --keep-last-epochs 10
         --save-interval-updates "$SAVE_UPDATES" --keep-interval-updates 1 --log-format simple --log-interval 100)
-    # shellcheck disable=SC2206  # EXTRA is words
-    COMMAND+=("${options[@]}" $EXTRA)
+    mapfile -d "" words < <(xargs --no-run-if-empty printf '%s\0' <<<"$EXTRA")  # quoted as in a shell
+    COMMAND+=("${options[@]}" "${words[@]}")
     printf '%q ' "${COMMAND[@]}"
     echo
     if [ -n "$DRY_RUN" ]; then return; fi
     if [ "$NODE_RANK" != 0 ]; then exec "${COMMAND[@]}"; fi
     claim "$RUN"
-    keep_settings "$RUN/settings.json"
+    keep_settings "$RUN/settings.json" "$(compgen -G "$RUN/checkpoint*.pt" || true)"
     step train "train in $RUN" fit "${COMMAND[@]}"
     say "ready: $RUN"
 }

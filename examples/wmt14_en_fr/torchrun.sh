@@ -6,5 +6,6 @@
 #
 # Every setting of train.sh can be given beside these. The batch of 1,280,000 tokens is kept on any number of GPUs.
 set -euo pipefail
+case ${1-} in -h | --help) exec "$(dirname "$0")/train.sh" --help ;; esac
 : "${NODES:?how many machines}" "${NODE_RANK:?the number of this one, from 0}" "${MASTER:?host:port of the first}"
 DEPTH=${DEPTH:-72} exec "$(dirname "$0")/train.sh" "$@"
