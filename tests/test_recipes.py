@@ -45,11 +45,6 @@ TOY = {
 RECIPES = ["multi30k_de_en", "iwslt14_de_en", "wmt14_en_de", "wmt14_en_fr"]
 
 
-def of(recipe: str, *marks: pytest.MarkDecorator) -> Any:
-    """A test parameter; all tests of a recipe run in one process, which then makes its finished run once."""
-    return pytest.param(recipe, marks=[pytest.mark.xdist_group(recipe), *marks])
-
-
 def text(recipe: str, split: str, count: int) -> list[tuple[str, str]]:
     """Real sentence pairs where there are some, else the demo's."""
     source, target = recipe.split("_")[-2:]
@@ -146,28 +141,47 @@ def script(recipe: str, *names: str, folder: Path, **settings: str) -> subproces
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """finished(recipe) -> the folder of a run from raw files to scores that nothing disturbed, and what it printed."""
-    cache = {}
+    """finished(recipe) -> the folder of a run from raw files to scores that nothing disturbed, and what it printed.
 
-    def run(recipe: str):
-        if recipe not in cache:
-            folder = tmp_path_factory.mktemp(recipe)
-            lay_out(recipe, folder / "raw")
-            result = script(recipe, "prepare", "train", "evaluate", folder=folder)
-            assert result.returncode == 0, result.stdout
-            cache[recipe] = folder, result.stdout
-        return cache[recipe]
+    Read-only: it is made once for all test processes.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def run(recipe: str) -> tuple[Path, str]:
+        folder = base / recipe
+        with (base / f"{recipe}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "printed").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                lay_out(recipe, folder / "raw")
+                result = script(recipe, "prepare", "train", "evaluate", folder=folder)
+                assert result.returncode == 0, result.stdout
+                (folder / "printed").write_text(result.stdout)
+        return folder, (folder / "printed").read_text()
 
     return run
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """copied(recipe) -> a copy of that folder, to be changed."""
+
+    def copy(recipe: str) -> Path:
+        shutil.copytree(finished(recipe)[0], tmp_path / "copy")
+        return tmp_path / "copy"
+
+    return copy
 
 
 def lines(path: Path) -> list[str]:
     return path.read_bytes().decode().rstrip("\n").split("\n")
 
 
-@pytest.mark.parametrize("recipe", map(of, RECIPES))
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_raw_files_to_scores(finished, recipe):
     folder, printed = finished(recipe)
     source = recipe.split("_")[-2]
@@ -196,7 +210,6 @@ def test_raw_files_to_scores(finished, recipe):
     assert "loaded checkpoint" not in (folder / "run/train.log").read_text()
 
 
-@pytest.mark.xdist_group("iwslt14_de_en")
 def test_splits_and_filters(finished):
     """The published recipes' rules, recomputed from the raw text."""
     folder, _ = finished("iwslt14_de_en")
@@ -242,7 +255,9 @@ def kill_at_random(recipe: str, name: str, folder: Path, dice: random.Random) ->
     process.wait()
 
 
-@pytest.mark.parametrize("recipe", [of(RECIPES[0]), *(of(recipe, pytest.mark.slow) for recipe in RECIPES[1:])])
+@pytest.mark.parametrize(
+    "recipe", [RECIPES[0], *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in RECIPES[1:])]
+)
 def test_killed_three_times_ends_the_same(finished, tmp_path, recipe):
     whole, _ = finished(recipe)
     shutil.copytree(whole / "raw", tmp_path / "raw")
@@ -261,7 +276,6 @@ def test_killed_three_times_ends_the_same(finished, tmp_path, recipe):
         assert (whole / "run/test" / name).read_text() == (tmp_path / "run/test" / name).read_text()
 
 
-@pytest.mark.xdist_group("multi30k_de_en")
 def test_a_step_whose_child_dies_is_not_done(finished, tmp_path):
     """What the kernel does when memory runs out: the shell lives on, the program is gone, and so are its workers."""
     whole, _ = finished("multi30k_de_en")
@@ -322,11 +336,10 @@ def test_extra_options_are_quoted_as_in_a_shell(tmp_path):
     assert result.stdout.rstrip().endswith(r"--adam-betas \(0.9\,\ 0.999\) --wandb-project \*")
 
 
-@pytest.mark.xdist_group("multi30k_de_en")
-def test_done_steps_are_skipped_and_other_settings_refused(finished, tmp_path):
-    folder, _ = finished("multi30k_de_en")
+def test_done_steps_are_skipped_and_other_settings_refused(finished, copied):
+    raw, folder = str(finished("multi30k_de_en")[0] / "raw"), copied("multi30k_de_en")
     started = time.time()
-    again = script("multi30k_de_en", "prepare", "train", folder=folder)
+    again = script("multi30k_de_en", "prepare", folder=folder, RAW=raw)
     assert again.returncode == 0, again.stdout
     assert again.stdout.count("already done") > 8
     assert not [path for path in folder.glob("data/text/*") if path.stat().st_mtime > started]
@@ -336,16 +349,13 @@ def test_done_steps_are_skipped_and_other_settings_refused(finished, tmp_path):
         assert f"{setting}=77 (was " in other.stdout.splitlines()[-1]
 
 
-@pytest.mark.xdist_group("multi30k_de_en")
-def test_evaluation_follows_what_changed(finished, tmp_path):
+def test_evaluation_follows_what_changed(copied):
     """Another beam or a longer training is evaluated anew; nothing else is."""
-    folder, _ = finished("multi30k_de_en")
-    for name in ("data", "run"):
-        shutil.copytree(folder / name, tmp_path / name)
-    assert script("multi30k_de_en", "evaluate", folder=tmp_path).stdout.count("already done") == 2
-    again = script("multi30k_de_en", "evaluate", folder=tmp_path, BEAM="1")
+    folder = copied("multi30k_de_en")
+    assert script("multi30k_de_en", "evaluate", folder=folder).stdout.count("already done") == 2
+    again = script("multi30k_de_en", "evaluate", folder=folder, BEAM="1")
     assert again.stdout.count("already done") == 1
-    longer = script("multi30k_de_en", "train", "evaluate", folder=tmp_path, EPOCHS="3")
+    longer = script("multi30k_de_en", "train", "evaluate", folder=folder, EPOCHS="3")
     assert longer.returncode == 0, longer.stdout
     assert "already done" not in longer.stdout
     assert "checkpoint3.pt" in longer.stdout
@@ -560,18 +570,13 @@ def test_whole_epochs_for_another_number_of_gpus(tmp_path):
     assert last_after(tmp_path, "--whole-epochs")[1] == 1
 
 
-@pytest.mark.xdist_group("multi30k_de_en")
-def test_a_run_goes_on_in_other_batches_from_its_last_epoch(finished, tmp_path):
-    folder, _ = finished("multi30k_de_en")
-    for name in ("data", "run"):
-        shutil.copytree(folder / name, tmp_path / name)
-    result = script("multi30k_de_en", "train", folder=tmp_path, EPOCHS="3", MAX_TOKENS="300")
+def test_a_run_goes_on_in_other_batches_from_its_last_epoch(copied):
+    result = script("multi30k_de_en", "train", folder=copied("multi30k_de_en"), EPOCHS="3", MAX_TOKENS="300")
     assert result.returncode == 0, result.stdout
     assert "going on from" in result.stdout
     assert "checkpoint2.pt" in result.stdout
 
 
-@pytest.mark.xdist_group("multi30k_de_en")
 def test_estimate(finished):
     folder, _ = finished("multi30k_de_en")
     command = [sys.executable, EXAMPLES / "common/estimate.py", folder / "run", "--price", "2"]
@@ -581,9 +586,8 @@ def test_estimate(finished):
     assert " on 1 devices" in printed
 
 
-@pytest.mark.xdist_group("multi30k_de_en")
-def test_two_runs_in_one_folder(finished):
-    folder, _ = finished("multi30k_de_en")
+def test_two_runs_in_one_folder(copied):
+    folder = copied("multi30k_de_en")
     with (folder / "data/.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = script("multi30k_de_en", "prepare", folder=folder)

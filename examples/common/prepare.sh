@@ -77,6 +77,11 @@ own_corpus() {
 
 corpus() { python "$COMMON/corpus.py" "$@"; }
 
+# Steps name no folder, so that DATA can be moved.
+extract() { corpus extract "$1" "$SOURCE" "$TARGET" "$RAW" "$TEXT"; }                            # RECIPE
+clean() { corpus clean "$SOURCE" "$TARGET" "$TEXT/$1" "$TEXT/$2" "${@:3}"; }                     # FROM TO OPTIONS...
+split() { corpus split "$SOURCE" "$TARGET" "$TEXT/$1" "$TEXT/$2" "$TEXT/$3" --every "$4"; }      # FROM TRAIN VALID N
+
 # tokenize SPLIT OPTIONS...: raw.SPLIT to tok.SPLIT
 tokenize() {
     local split=$1 language
@@ -116,8 +121,7 @@ binarize() {
 # corpus.py; empty: the step is left out) and VALID_EVERY (empty: the validation text is a file of its own)
 TOKENIZE=() TOKENIZE_TEST=() CLEAN_TOKENS=() CLEAN_BPE=() VALID_EVERY=
 prepare() {
-    local text=$1 name=$RECIPE train=tok valid=tok bpe=bpe split
-    local languages=("$SOURCE" "$TARGET")
+    local text=$1 name=$RECIPE train=tok valid=tok bpe=bpe part
     shift
     begin "$text" "$@"
     whole 1 WORKERS BPE
@@ -125,25 +129,24 @@ prepare() {
     keep_settings "$DATA/prepare.json" "$(ls "$DONE")"
     TEXT=$DATA/text
     mkdir -p "$TEXT"
-    if own_corpus; then
+    if [ -e "$DONE/extract" ]; then read -r _ name <"$DONE/extract"  # RAW may be gone by now
+    elif own_corpus; then name=own
+    else download; fi
+    if [ "$name" = own ]; then
         say "$RAW holds {train,valid,test}.{$SOURCE,$TARGET}: that corpus is used instead of the published one"
-        name=own
         VALID_EVERY=
-    else
-        download
     fi
-    step extract "raw text" corpus extract "$name" "${languages[@]}" "$RAW" "$TEXT"
+    step extract "raw text" extract "$name"
     step tokenize-train "tokenise the training text" tokenize train "${TOKENIZE[@]}"
     [ -n "$VALID_EVERY" ] || step tokenize-valid "tokenise the validation text" tokenize valid "${TOKENIZE[@]}"
     step tokenize-test "tokenise the test text" tokenize test "${TOKENIZE_TEST[@]}"
     if [ ${#CLEAN_TOKENS[@]} != 0 ]; then
-        step clean-tokens "clean the training text" \
-            corpus clean "${languages[@]}" "$TEXT/tok.train" "$TEXT/clean.train" "${CLEAN_TOKENS[@]}"
+        step clean-tokens "clean the training text" clean tok.train clean.train "${CLEAN_TOKENS[@]}"
         train=clean
     fi
     if [ -n "$VALID_EVERY" ]; then
-        step split "take every ${VALID_EVERY}th pair for validation" corpus split "${languages[@]}" \
-            "$TEXT/$train.train" "$TEXT/split.train" "$TEXT/split.valid" --every "$VALID_EVERY"
+        step split "take every ${VALID_EVERY}th pair for validation" \
+            split "$train.train" split.train split.valid "$VALID_EVERY"
         train=split valid=split
     fi
     step learn-bpe "learn $BPE joint BPE merges" learn_bpe "$train.train"
@@ -151,9 +154,8 @@ prepare() {
     step bpe-valid "apply BPE to the validation text" apply_bpe "$valid.valid" bpe.valid
     step bpe-test "apply BPE to the test text" apply_bpe tok.test bpe.test
     if [ ${#CLEAN_BPE[@]} != 0 ]; then
-        for split in train valid; do
-            step "clean-$split" "clean $split" \
-                corpus clean "${languages[@]}" "$TEXT/bpe.$split" "$TEXT/short.$split" "${CLEAN_BPE[@]}"
+        for part in train valid; do
+            step "clean-$part" "clean $part" clean "bpe.$part" "short.$part" "${CLEAN_BPE[@]}"
         done
         bpe=short
     fi

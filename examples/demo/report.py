@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import matplotlib
 import torch
+
+from admin_fairseq.checkpoint import load
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -63,8 +64,7 @@ def draw(results: dict[str, Any], unigram: float, layers: int, path: Path) -> No
 
     folder = results["Admin"]["folder"]
     profile = json.loads((folder / "admin_profile.json").read_text(encoding="utf-8"))
-    torch.serialization.add_safe_globals([argparse.Namespace])  # fairseq stores the command line
-    weights = torch.load(folder / "checkpoint_last.pt", map_location="cpu")["model"]
+    weights = load(str(folder / "checkpoint_last.pt"))["model"]
     for stack, colour in (("encoder", "#009E73"), ("decoder", "#CC79A7")):
         trained = torch.stack(
             [weight for name, weight in weights.items() if name.startswith(stack) and name.endswith(".omega")]
