@@ -40,14 +40,9 @@ generate() {
 
 # evaluate TEXT OPTIONS... -- "$@": OPTIONS are the recipe's own for score.py
 evaluate() {
-    local text=$1 options=() checkpoints
-    shift
-    while [ "$1" != -- ]; do
-        options+=("$1")
-        shift
-    done
-    shift
-    begin "$text" "$@"
+    local text=$1 checkpoints
+    take_options "${@:2}"
+    begin "$text" "${ARGUMENTS[@]}"
     whole 1 LAST BEAM SEARCH_TOKENS
     decimal LENPEN
     need_data
@@ -59,5 +54,5 @@ evaluate() {
     step average "average checkpoints" average "${checkpoints[@]}"
     step generate "translate the test set (beam $BEAM, length penalty $LENPEN)" \
         generate "$DICTIONARIES" "$BEAM" "$LENPEN" "${checkpoints[@]}"
-    python "$COMMON/score.py" "$OUT" "$DATA/text" "$TARGET" --checkpoints "${checkpoints[@]%@*}" "${options[@]}"
+    python "$COMMON/score.py" "$OUT" "$DATA/text" "$TARGET" --checkpoints "${checkpoints[@]%@*}" "${OPTIONS[@]}"
 }

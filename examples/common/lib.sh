@@ -47,6 +47,18 @@ decimal() {
     done
 }
 
+# take_options WORD... -- ARGUMENT...: the words become OPTIONS, the script's own arguments ARGUMENTS
+# shellcheck disable=SC2034  # for the scripts that source this
+take_options() {
+    OPTIONS=()
+    while [ "$1" != -- ]; do
+        OPTIONS+=("$1")
+        shift
+    done
+    shift
+    ARGUMENTS=("$@")
+}
+
 # begin TEXT "$@": answer --help, refuse other arguments, check that the programs are there, print every setting
 begin() {
     local text=$1 name

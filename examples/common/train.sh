@@ -97,14 +97,9 @@ fit() {
 
 # train TEXT ARCH OPTIONS... -- "$@": OPTIONS are the recipe's own for fairseq-train
 train() {
-    local text=$1 arch=$2 options=() words
-    shift 2
-    while [ "$1" != -- ]; do
-        options+=("$1")
-        shift
-    done
-    shift
-    begin "$text" "$@"
+    local text=$1 arch=$2 words
+    take_options "${@:3}"
+    begin "$text" "${ARGUMENTS[@]}"
     whole 0 SEED WARMUP UPDATES NODE_RANK
     whole 1 NODES MAX_TOKENS EPOCHS SAVE_UPDATES
     decimal LR DROPOUT WEIGHT_DECAY
@@ -131,7 +126,7 @@ train() {
     COMMAND+=(--max-epoch "$EPOCHS" --seed "$SEED" --update-epoch-batch-itr True --save-dir "$RUN" --keep-last-epochs 10
         --save-interval-updates "$SAVE_UPDATES" --keep-interval-updates 1 --log-format simple --log-interval 100)
     mapfile -d "" words < <(xargs --no-run-if-empty printf '%s\0' <<<"$EXTRA")  # quoted as in a shell
-    COMMAND+=("${options[@]}" "${words[@]}")
+    COMMAND+=("${OPTIONS[@]}" "${words[@]}")
     printf '%q ' "${COMMAND[@]}"
     echo
     if [ -n "$DRY_RUN" ]; then return; fi
