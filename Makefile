@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 help:
 	@echo "make demo       train an 18-18 Transformer as Post-LN, Pre-LN and Admin, compare and draw (about 10 minutes)"
-	@echo "make test       lint and tests (about 5 minutes)"
+	@echo "make test       lint and tests (about 10 minutes)"
 	@echo "make test-slow  tests that take minutes each: 72 layers at full width"
 	@echo "make clean      remove the environment and the demo's output"
 
