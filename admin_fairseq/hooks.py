@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 def install() -> None:
     """Wrap ``Trainer._build_optimizer``, and let torch >= 2.6 load the checkpoints that fairseq writes."""
     build_optimizer = Trainer._build_optimizer
-    if hasattr(build_optimizer, "__wrapped__"):  # a copy of this package under another name is a second user dir
+    if hasattr(build_optimizer, "starts_omega"):  # a copy of this package under another name is a second user dir
         return
 
     @functools.wraps(build_optimizer)
@@ -52,6 +52,7 @@ def install() -> None:
             raise AdminError(FULLY_SHARDED)
         build_optimizer(trainer)
 
+    start_omega_then_build_optimizer.starts_omega = True
     Trainer._build_optimizer = start_omega_then_build_optimizer
 
     if torch.__version__ >= "2.6":

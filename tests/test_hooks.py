@@ -1,5 +1,6 @@
 """The pre-pass inside fairseq's Trainer, in this process."""
 
+import functools
 import random
 from types import SimpleNamespace
 
@@ -68,6 +69,16 @@ def test_omega_depends_on_the_seed_option_not_on_the_random_state(trainer):
         one.optimizer  # noqa: B018
         omegas.append([norm.omega[0].item() for norm in sub_layers(one.get_model()).values()])
     assert omegas[0] == omegas[1]
+
+
+def test_installs_once_and_over_the_wrapper_of_another_plugin(monkeypatch):
+    ours = Trainer._build_optimizer
+    hooks.install()
+    assert Trainer._build_optimizer is ours
+    foreign = functools.wraps(ours.__wrapped__)(lambda trainer: None)
+    monkeypatch.setattr(Trainer, "_build_optimizer", foreign)
+    hooks.install()
+    assert Trainer._build_optimizer.__wrapped__ is foreign
 
 
 def test_fully_sharded_training_is_refused(trainer, monkeypatch):

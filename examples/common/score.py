@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import sacrebleu
+from corpus import writing
 from sacremoses import MosesDetokenizer
 
 
@@ -89,19 +90,13 @@ def main() -> None:
         args.lowercase,
         args.compounds,
     )
+    texts["scores.json"] = [json.dumps({"checkpoints": args.checkpoints, **scores}, indent=1)]
     for name, lines in texts.items():
-        write(args.out / name, "".join(line + "\n" for line in lines))
-    content = {"checkpoints": args.checkpoints, **scores}
-    write(args.out / "scores.json", json.dumps(content, indent=1) + "\n")
+        with writing(args.out / name) as (out,):
+            out.writelines(line + "\n" for line in lines)
     for name, result in scores.items():
         print(f"{name:32} {result['score']:6.2f}   {result['signature']}")
     print(f"details in {args.out / 'scores.json'}")
-
-
-def write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    partial.replace(path)
 
 
 if __name__ == "__main__":
