@@ -54,7 +54,7 @@ def _register(model_name: str, name: str, base: Defaults, **defaults: Any) -> No
             for key in [key for key, value in vars(options).items() if value is None]:  # null: as the architecture says
                 delattr(options, key)
         # base_layers: fairseq 0.12.2 looks for it in hydra's config
-        for key, value in {**defaults, **(own or {}), "base_layers": 0}.items():
+        for key, value in {"base_layers": 0, **(own or {}), **defaults}.items():
             setattr(options, key, getattr(options, key, value))
         if own is not None:
             MODEL_REGISTRY[model_name].check(options)
