@@ -15,7 +15,7 @@ except (ImportError, ValueError) as error:  # on Python 3.11 and newer fairseq 0
         f" ({str(error)[:100]}): pip install fairseq-fixed==0.12.3.1, or fairseq==0.12.2 on Python 3.8 to 3.10"
     ) from error
 
-from admin_fairseq import hooks, optim  # noqa: E402, F401  (registers the optimizers)
+from admin_fairseq import architectures, hooks, optim  # noqa: E402, F401  (they register themselves)
 from admin_fairseq.model import AdminLanguageModel, AdminModel, AdminTransformer, logn_omega, sub_layers  # noqa: E402
 from admin_fairseq.norm import OmegaLayerNorm  # noqa: E402
 from admin_fairseq.profiling import Profile, Sample, profile, read_profile  # noqa: E402

@@ -30,7 +30,8 @@ from omegaconf import AnyNode, DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
 
 from admin_fairseq.errors import AdminError
-from admin_fairseq.model import FULLY_SHARDED, AdminModel, sub_layers
+from admin_fairseq.layers import FULLY_SHARDED, RuledModel
+from admin_fairseq.model import AdminModel, sub_layers
 from admin_fairseq.profiling import Profile, Sample, profile, read_profile
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def install() -> None:
         if isinstance(model, AdminModel):
             trainer.model  # noqa: B018  (with several workers, wrapping is what moves the model to its device)
             start_omega(trainer)
-        elif isinstance(getattr(model, "module", None), AdminModel):
+        elif isinstance(getattr(model, "module", None), RuledModel):
             raise AdminError(FULLY_SHARDED)
         build_optimizer(trainer)
 

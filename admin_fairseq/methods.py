@@ -1,0 +1,222 @@
+"""The methods that Admin is compared with, on the same layers, stacks and models.
+
+x is a sub-layer's input, f its residual branch after dropout, LN the sub-layer's LayerNorm, N and M the number of
+encoder and decoder layers. Post-LN is LN(x + f); each method below changes that rule or how weights start.
+Post-LN and Pre-LN themselves are fairseq's own model (:mod:`admin_fairseq.architectures`), and the closed forms,
+fixed and scalar omega are options of Admin (:mod:`admin_fairseq.model`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fairseq.models import register_model
+from fairseq.models.transformer import TransformerModel
+from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
+from torch import Tensor, nn
+
+from admin_fairseq.errors import AdminError
+from admin_fairseq.layers import Rule, RuledModel
+
+
+class ReZeroPostLN(Rule):
+    """LN(x + a f), with one trainable scalar a a layer that starts at 0.
+
+    Source: Transformer-Clinic's ``rezero_postln`` (LiyuanLucasLiu/Transformer-Clinic, transformer_layer.py).
+    """
+
+    def set_up(self, encoder_layers: int, decoder_layers: int) -> None:
+        self.rezero_weight = nn.Parameter(torch.zeros(1))
+
+    def residual_connection(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual + self.rezero_weight * x
+
+
+class ReZero(ReZeroPostLN):
+    """x + a f, with one trainable scalar a a layer that starts at 0, and no LayerNorm.
+
+    Source: Bachlechner et al. 2020, "ReZero is All You Need", equation 1 and section 5 (one scalar a layer).
+    """
+
+    def set_up(self, encoder_layers: int, decoder_layers: int) -> None:
+        super().set_up(encoder_layers, decoder_layers)
+        for name, _norm in list(self.named_children()):
+            if name.endswith("_layer_norm"):
+                setattr(self, name, nn.Identity())
+
+
+class DeepNorm(Rule):
+    """LN(alpha x + f), weights drawn from Xavier's normal distribution with gain beta.
+
+    alpha and beta by :func:`deepnorm_constants`. Gain beta is that of the value and output projections of every
+    attention and of both linear maps of the feed-forward network; query and key projections have gain 1. Biases start
+    at 0.
+
+    Source: Wang et al. 2022, "DeepNet: Scaling Transformers to 1,000 Layers", figure 2 and section 4. (torchscale
+    divides its default weights by 1/beta instead of drawing them anew.)
+    """
+
+    def set_up(self, encoder_layers: int, decoder_layers: int) -> None:
+        stack = "encoder" if isinstance(self, TransformerEncoderLayerBase) else "decoder"
+        self.alpha, beta = deepnorm_constants(encoder_layers, decoder_layers)[stack]
+        for name, module in self.named_modules():
+            projection = name.split(".")[-1]
+            if projection in ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"):
+                nn.init.xavier_normal_(module.weight, gain=1.0 if projection in ("q_proj", "k_proj") else beta)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def residual_connection(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual * self.alpha + x
+
+
+def deepnorm_constants(encoder_layers: int, decoder_layers: int) -> dict[str, tuple[float, float]]:
+    """(alpha, beta) of the encoder and of the decoder of an N-M encoder-decoder model.
+
+    Encoder: 0.81 (N^4 M)^(1/16) and 0.87 (N^4 M)^(-1/16). Decoder: (3 M)^(1/4) and (12 M)^(-1/4).
+    Source: Wang et al. 2022, figure 2.
+    """
+    both = encoder_layers**4 * decoder_layers
+    return {
+        "encoder": (0.81 * both ** (1 / 16), 0.87 * both ** (-1 / 16)),
+        "decoder": ((3 * decoder_layers) ** (1 / 4), (12 * decoder_layers) ** (-1 / 4)),
+    }
+
+
+class LookLinear(Rule):
+    """Post-LN whose feed-forward networks start as linear maps: half of the hidden units mirror the other half.
+
+    With hidden units W x + b and -(W x + b) read by V and -V, relu(z) - relu(-z) = z makes the network V (W x + b).
+    Source: Balduzzi et al. 2017, "The Shattered Gradients Problem", section 5; Transformer-Clinic's ``looklinear``.
+
+    Raises:
+        AdminError: the feed-forward network's width is odd.
+    """
+
+    def set_up(self, encoder_layers: int, decoder_layers: int) -> None:
+        half, odd = divmod(self.fc1.out_features, 2)
+        if odd:
+            raise AdminError(f"LookLinear mirrors half of the feed-forward network: its width, {2 * half + 1}, is odd")
+        with torch.no_grad():
+            self.fc1.weight[half:] = -self.fc1.weight[:half]
+            self.fc1.bias[half:] = -self.fc1.bias[:half]
+            self.fc2.weight[:, half:] = -self.fc2.weight[:, :half]
+
+
+class BottomToTop(Rule):
+    """Post-LN, with the layer's input added once more before the layer's last LayerNorm.
+
+    LN(y + x + f(x)) for the feed-forward network f of a layer with input y. The layer's weight matrices start scaled
+    by L^(-1/2) in a stack of L layers.
+    Source: Takase et al. 2023, "B2T Connection: Serving Stability and Performance in Deep Transformers", section 4;
+    the scale is that of their code (takase/b2t_connection, transformer_layer.py).
+    """
+
+    def set_up(self, encoder_layers: int, decoder_layers: int) -> None:
+        layers = encoder_layers if isinstance(self, TransformerEncoderLayerBase) else decoder_layers
+        with torch.no_grad():
+            for name, weight in self.named_parameters():
+                if name.endswith("weight") and "layer_norm" not in name:
+                    weight.mul_(layers**-0.5)
+        self.final_layer_norm = BottomToTopNorm(self.embed_dim)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.final_layer_norm.bottom = x
+        try:
+            return super().forward(x, *args, **kwargs)
+        finally:
+            self.final_layer_norm.bottom = None
+
+
+class BottomToTopNorm(nn.LayerNorm):
+    """LayerNorm of its input plus ``bottom``, the input of the layer; all (time, batch, d)."""
+
+    bottom: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.bottom)
+
+
+class ResiDual(Rule):
+    """Post-LN beside a Pre-LN shortcut: x <- LN(x + f(x)) and s <- s + f(x), and the stack ends in x + LN(s).
+
+    Both start at the stack's input. Source: Xie et al. 2023, "ResiDual: Transformer with Dual Residual Connections",
+    section 2 and figure 1. Between layers the two travel side by side, as one tensor (time, batch, 2 d), so that
+    fairseq's stacks, activation checkpointing and incremental decoding serve as they are.
+    """
+
+    def residual_connection(self, x: Tensor, residual: Tensor) -> Tensor:
+        self.branch_sum = self.branch_sum + x
+        return residual + x
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        x, self.branch_sum = _split(x, self.embed_dim)
+        try:
+            result = super().forward(x, *args, **kwargs)
+            x, rest = (result[0], result[1:]) if isinstance(result, tuple) else (result, None)
+            both = torch.cat([x, self.branch_sum], dim=-1)
+        finally:
+            self.branch_sum = None
+        return both if rest is None else (both, *rest)
+
+
+class ResiDualNorm(nn.LayerNorm):
+    """The end of a stack: x + LN(s) of the two streams; (time, batch, 2 d) to (time, batch, d)."""
+
+    def forward(self, both: Tensor) -> Tensor:
+        x, branch_sum = _split(both, self.normalized_shape[0])
+        return x + F.layer_norm(branch_sum, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def _split(both: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """x and s; in front of the first layer they are the same."""
+    return both.split(dim, dim=-1) if both.shape[-1] == 2 * dim else (both, both)
+
+
+@register_model("transformer_rezero")
+class ReZeroTransformer(RuledModel, TransformerModel):
+    """ReZero in both stacks."""
+
+    rule = ReZero
+
+
+@register_model("transformer_rezero_postln")
+class ReZeroPostLNTransformer(RuledModel, TransformerModel):
+    """ReZero with Post-LN in both stacks."""
+
+    rule = ReZeroPostLN
+
+
+@register_model("transformer_deepnorm")
+class DeepNormTransformer(RuledModel, TransformerModel):
+    """DeepNorm in both stacks."""
+
+    rule = DeepNorm
+
+
+@register_model("transformer_looklinear")
+class LookLinearTransformer(RuledModel, TransformerModel):
+    """LookLinear in both stacks."""
+
+    rule = LookLinear
+
+
+@register_model("transformer_b2t")
+class BottomToTopTransformer(RuledModel, TransformerModel):
+    """B2T connections in both stacks."""
+
+    rule = BottomToTop
+
+
+@register_model("transformer_residual")
+class ResiDualTransformer(RuledModel, TransformerModel):
+    """ResiDual in both stacks."""
+
+    rule = ResiDual
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        for stack in self.stacks().values():
+            stack.layer_norm = ResiDualNorm(stack.layers[0].embed_dim)
