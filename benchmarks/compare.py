@@ -3,30 +3,31 @@
     python benchmarks/compare.py DATA-BIN --methods postln,preln,admin --depths 6-6,18-18 --lr 5e-4,1e-3,2e-3 \\
         --warmup 200 --seeds 1,2 --updates 800 --out DIR -- --encoder-embed-dim 128 --max-tokens 1024 ...
 
-Every combination is one fairseq-train in a folder of its own under DIR. Of each method and depth the learning rate and
-warmup with the lowest mean validation perplexity over the seeds are the best, and only these translate the test set.
-DIR gets compare.csv (a row a run), table.md, compare.png (training curves) and lr.png (validation perplexity by
-learning rate). Give the same command again to go on after an interruption; a longer list of methods, depths, rates or
-seeds trains what is missing.
+Every combination is one fairseq-train in a folder of its own under DIR. Of each method and depth, the learning rate and
+warmup with the lowest mean validation perplexity over the seeds are the best, and only these runs translate the test
+set. DIR gets table.md, compare.csv (a row a run), compare.png (training perplexity of the best) and lr.png (validation
+perplexity by learning rate). Give the same command again to go on after an interruption; with more methods, depths,
+rates, warmups or seeds it trains what is missing. Each run keeps its weights, without optimizer state, on the disk.
 
-What follows -- goes to fairseq-train: widths, --max-tokens, --optimizer and so on, the same for all. Unless they say
-otherwise it trains with Adam (0.9, 0.98), inverse_sqrt, dropout 0.1, label smoothing 0.1 and --max-tokens 4096.
+What follows -- goes to fairseq-train: widths, --max-tokens, --optimizer and so on, the same for all. Where it does not
+say otherwise: Adam (0.9, 0.98), inverse_sqrt, dropout 0.1, label smoothing 0.1, --max-tokens 4096, one worker.
 
 Verdicts, from the training loss without label smoothing, averaged over neighbouring log lines:
-  non-finite  the loss or its gradient became infinite or NaN, and fairseq stopped
-  loss-scale  the fp16 loss scale shrank to its minimum, and fairseq stopped
-  plateau     it ended where the source and the words before were of no use, and no longer fell
-  collapsed   it made use of them, then rose back to where they are of none, and stayed
-  slow        it ended there too, but was still falling: the updates are too few to tell
+  non-finite  the loss or its gradient became infinite or NaN (after this update)
+  loss-scale  the fp16 loss scale shrank to its minimum, at which fairseq stops (after this update)
+  plateau     it ended where its input was of no use, and has not fallen since this update
+  collapsed   it made use of its input until this update, then rose back to where it is of none, and stayed
+  slow        it ended there too, but was still falling: too few updates to tell
   trained     none of these
-Where that is: a model that ignores its input reaches the perplexity of the target words' own frequencies (unigram), and
-at best that of their frequencies at each position of the sentence (positional). To end above the latter is to have
-learnt nothing from the input. Both are computed from DATA-BIN, sentence ends included.
+Where input is of no use: a model that ignores it reaches the perplexity of the target words' frequencies (unigram), and
+at best that of their frequencies at each position of the sentence (positional). To end above the second is to have
+learnt nothing from the source or the words before. Both are computed from DATA-BIN's training targets.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import fcntl
 import hashlib
@@ -49,7 +50,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Tuple
 
 import numpy as np
 import sacrebleu
@@ -61,28 +62,33 @@ logging.disable(logging.INFO)  # importing fairseq turns on everybody's debug li
 
 import fairseq  # noqa: E402
 from fairseq.data import Dictionary, data_utils  # noqa: E402
-from fairseq.models import ARCH_MODEL_REGISTRY  # noqa: E402
 
 import admin_fairseq  # noqa: E402
-from admin_fairseq import AdminError  # noqa: E402
+from admin_fairseq.architectures import METHODS  # noqa: E402
+from admin_fairseq.errors import DATA_HINT, AdminError  # noqa: E402
 
-STOCK = {
-    "postln": ("--arch", "transformer"),
-    "preln": ("--arch", "transformer", "--encoder-normalize-before", "--decoder-normalize-before"),
-}
-DEFAULTS = (
-    *("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--lr-scheduler", "inverse_sqrt", "--dropout", "0.1"),
-    *("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1", "--max-tokens", "4096"),
-    *("--required-batch-size-multiple", "1", "--num-workers", "0"),
-)
-OURS = (
-    *("--arch", "--encoder-layers", "--decoder-layers", "--lr", "--warmup-updates", "--seed", "--max-update"),
-    *("--save-dir", "--user-dir", "--log-format", "--log-interval", "--validate-interval", "--save-interval"),
-)
-GENERATE = ("--beam", "5", "--max-len-a", "1.2", "--max-len-b", "10", "--required-batch-size-multiple", "1")
+# a line is left out where the user gives its first option: fairseq-train knows the others only beside it
+DEFAULTS = """
+--optimizer adam --adam-betas '(0.9, 0.98)'
+--lr-scheduler inverse_sqrt
+--criterion label_smoothed_cross_entropy --label-smoothing 0.1
+--dropout 0.1
+--max-tokens 4096
+--required-batch-size-multiple 1
+--num-workers 0
+--distributed-world-size 1
+"""
+# the last line: one validation and one checkpoint, at the end
+OURS = """--user-dir {plugin} --save-dir {folder} --arch transformer_{method} --encoder-layers {encoder}
+--decoder-layers {decoder} --lr {lr:g} --warmup-updates {warmup} --seed {seed} --max-update {updates}
+--log-format json --log-interval {interval}
+--validate-interval 1000000 --save-interval 1000000 --no-epoch-checkpoints --no-save-optimizer-state"""
+GENERATE = "--beam 5 --max-len-a 1.2 --max-len-b 10 --required-batch-size-multiple 1"
 DIVERGED = ("plateau", "collapsed", "non-finite", "loss-scale")
-FLAT = 0.05  # nats: a curve that falls by less than 5% of its perplexity in a third of the training is flat
-USED_CONTEXT = 0.2  # nats below the positional level, so that noise around it is no collapse
+FLAT = 0.05  # nats: a perplexity that falls by less than 5% in the last third of the training has stopped falling
+CLEARLY = 0.2  # nats below the positional level: use of the input, not noise around the level
+
+Result = Dict[str, Any]  # what result.json holds
 
 
 @dataclass(frozen=True)
@@ -98,29 +104,25 @@ class Run:
         return f"{self.method}_{self.depth}_lr{self.lr:g}_w{self.warmup}_s{self.seed}"
 
     @property
-    def layers(self) -> int:
-        return sum(map(int, self.depth.split("-")))
+    def layers(self) -> list[int]:
+        return [int(layers) for layers in self.depth.split("-")]
 
 
-# --- what the loss says ------------------------------------------------------------------------------------------
+# --- what the loss says -----------------------------------------------------------------------------------------------
 
 
 def context_free_perplexities(sentences: Iterable[np.ndarray], vocabulary: int) -> tuple[float, float]:
-    """Lowest perplexities that models without input reach on these targets: (unigram, positional).
+    """The lowest perplexities that models without input can reach on these targets: (unigram, positional).
 
-    ``sentences`` are arrays of token ids [length], each with its sentence end. The first model knows the frequency of
-    every token, the second its frequency at every position (from the 256th on, taken together). Both are conditional
-    entropies of the data, H(token) and H(token | position).
+    ``sentences`` are arrays of token ids [length], each with its sentence end. The first model knows every token's
+    frequency, the second its frequency at each position (from the 256th on, taken together): the exponentials of the
+    entropies H(token) and H(token | position).
     """
-    counts = np.zeros((256, vocabulary), dtype=np.int64)
-    sentences = iter(sentences)
-    while True:
-        chunk = list(itertools.islice(sentences, 100_000))
-        if not chunk:
-            break
+    counts, sentences = np.zeros((256, vocabulary), dtype=np.int64), iter(sentences)
+    while chunk := list(itertools.islice(sentences, 100_000)):
         positions = np.concatenate([np.minimum(np.arange(len(sentence)), 255) for sentence in chunk])
-        tokens = np.concatenate(chunk)
-        counts += np.bincount(positions * vocabulary + tokens, minlength=counts.size).reshape(counts.shape)
+        cells = positions * vocabulary + np.concatenate(chunk)
+        counts += np.bincount(cells, minlength=counts.size).reshape(counts.shape)
 
     def entropy(frequencies: np.ndarray) -> float:
         shares = frequencies[frequencies > 0] / frequencies.sum()
@@ -141,32 +143,30 @@ def final_loss(losses: list[float]) -> float:
 
 
 def judge(curve: list[tuple[int, float]], positional: float, error: str = "") -> tuple[str, int | None]:
-    """What became of a training: (verdict, the update at which it diverged).
+    """What became of a training: (verdict, the update that goes with it).
 
-    ``curve`` holds (update, training loss in nats), ``positional`` the positional perplexity, ``error`` the
-    FloatingPointError with which fairseq stopped, if it did. The verdicts are those of this script's docstring.
+    ``curve`` holds (update, training loss in nats), ``positional`` is the positional perplexity, ``error`` the text of
+    the FloatingPointError with which fairseq stopped, if it did. The verdicts are those of this script's docstring.
     """
-    for update, loss in curve:
-        if not math.isfinite(loss):
-            return "non-finite", update
-    if error:  # after the last update that was logged
-        return "loss-scale" if "loss scale" in error else "non-finite", curve[-1][0] if curve else 0
+    finite = list(itertools.takewhile(lambda point: math.isfinite(point[1]), curve))
+    if error or len(finite) < len(curve):
+        return "loss-scale" if "loss scale" in error else "non-finite", finite[-1][0] if finite else 0
     updates, losses = zip(*curve)
     smoothed, final, level = smooth(losses), final_loss(losses), math.log(positional)
     if final < level:
         return "trained", None
-    if min(smoothed) < level - USED_CONTEXT:
-        return "collapsed", updates[max(i for i, loss in enumerate(smoothed) if loss < level)]
+    if min(smoothed) < level - CLEARLY:
+        return "collapsed", max(update for update, loss in zip(updates, smoothed) if loss < level)
     if smoothed[len(smoothed) * 2 // 3] - final > FLAT:
         return "slow", None
     return "plateau", next(update for update, loss in zip(updates, smoothed) if loss < final + FLAT)
 
 
-# --- data --------------------------------------------------------------------------------------------------------
+# --- data -------------------------------------------------------------------------------------------------------------
 
 
 class Data:
-    """A data-bin: its fingerprint, languages, context-free perplexities, and how its words were split."""
+    """A data-bin: its content's fingerprint, languages, context-free perplexities, and how its words were split."""
 
     def __init__(self, folder: Path, extra: list[str]) -> None:
         languages = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -174,24 +174,23 @@ class Data:
         languages.add_argument("-t", "--target-lang")
         asked, _ = languages.parse_known_args(extra)
         inferred = data_utils.infer_language_pair(str(folder)) if folder.is_dir() else (None, None)
-        self.folder, self.source, self.target = folder, *(asked.source_lang, asked.target_lang)
-        self.source, self.target = self.source or inferred[0], self.target or inferred[1]
+        self.folder, self.source = folder, asked.source_lang or inferred[0]
+        self.target = asked.target_lang or inferred[1]
+        pairs = (f"{self.source}-{self.target}", f"{self.target}-{self.source}")
         found = [
-            f"train.{pair}.{self.target}" for pair in (f"{self.source}-{self.target}", f"{self.target}-{self.source}")
+            name for name in (f"train.{pair}.{self.target}" for pair in pairs) if (folder / f"{name}.idx").exists()
         ]
-        found = [name for name in found if (folder / f"{name}.idx").exists()]
         if not found:
-            raise AdminError(f"{folder} is no data-bin of fairseq-preprocess: no train.<source>-<target>.<target>.idx")
-        files = sorted([*folder.glob("dict.*.txt"), *folder.glob("*.idx"), *folder.glob("*.bin")])
+            raise AdminError(f"{folder} has no binarised training targets; {DATA_HINT.replace('DATA', 'DATA-BIN')}")
         digest = hashlib.sha256()
-        for file in files:
+        for file in sorted(itertools.chain.from_iterable(folder.glob(kind) for kind in ("dict.*", "*.idx", "*.bin"))):
             digest.update(file.name.encode() + file.read_bytes())
         self.fingerprint = digest.hexdigest()[:16]
         dictionary = Dictionary.load(str(folder / f"dict.{self.target}.txt"))
-        dataset = data_utils.load_indexed_dataset(str(folder / found[0]), dictionary)
-        sentences = (dataset[i].numpy() for i in range(len(dataset)))
+        targets = data_utils.load_indexed_dataset(str(folder / found[0]), dictionary)
+        sentences = (targets[i].numpy() for i in range(len(targets)))
         self.unigram, self.positional = context_free_perplexities(sentences, len(dictionary))
-        self.pairs, self.tokens = len(dataset), int(dataset.sizes.sum())
+        self.pairs, self.tokens = len(targets), int(np.sum(targets.sizes))
         self.remove_bpe = []
         if any(symbol.endswith("@@") for symbol in dictionary.symbols):
             self.remove_bpe = ["--remove-bpe"]
@@ -199,65 +198,242 @@ class Data:
             self.remove_bpe = ["--remove-bpe", "sentencepiece"]
 
 
-# --- sub-processes -----------------------------------------------------------------------------------------------
+# --- runs -------------------------------------------------------------------------------------------------------------
 
 
-class Commands:
-    """fairseq's commands as sub-processes that end when this one does."""
+class RunError(Exception):
+    """A command failed otherwise than by diverging; the message is one line."""
 
-    def __init__(self, threads: int, lock: Any) -> None:
-        self.environment = dict(os.environ, PYTHONWARNINGS="ignore", PYTHONUNBUFFERED="1", OMP_NUM_THREADS=str(threads))
-        # A training that outlives this process, as after kill -9, keeps the folder locked.
-        self.lock = lock
+
+class Runner:
+    """fairseq's commands as sub-processes, several at a time; they end when this process does.
+
+    ``lock`` is an open, locked file that they inherit: one that outlives us, as after kill -9, keeps it locked.
+    """
+
+    def __init__(self, args: argparse.Namespace, data: Data, lock: Any) -> None:
+        self.args, self.data, self.lock, self.failures = args, data, lock, 0
         self.live: set[subprocess.Popen] = set()
         self.guard, self.stopped = threading.Lock(), False
 
-    def run(self, log: Path, program: str, *arguments: Any) -> tuple[list[tuple[float, str]], int, float]:
-        """Run it and write ``log``: (its lines with the time of each, exit code, peak resident set in MB)."""
+    def command(self, log: Path, program: str, *arguments: Any) -> tuple[list[tuple[float, str]], float | None]:
+        """Run it and write ``log``: (its lines, each with its time, and the peak resident set in MB).
+
+        Raises:
+            RunError: it failed, and not by a FloatingPointError.
+        """
         command = [os.path.join(os.path.dirname(sys.executable), program), *map(str, arguments)]
+        # with warnings on, torch and fairseq print hundreds of lines on each other's deprecations
+        environment = {"PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(self.args.threads)}
         with self.guard:
             if self.stopped:
-                raise KeyboardInterrupt
+                raise RunError("interrupted")
             process = subprocess.Popen(
                 command,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                env=self.environment,
+                env={**os.environ, **environment},
                 encoding="utf-8",
                 errors="replace",
                 start_new_session=True,
                 pass_fds=[self.lock.fileno()],
             )
             self.live.add(process)
-        lines = []
-        with open(log, "w", encoding="utf-8") as out:
+        lines, memory = [], None
+        with process, open(log, "w", encoding="utf-8") as out:
             out.write(shlex.join(command) + "\n")
             for line in process.stdout:
                 lines.append((time.monotonic(), line))
                 out.write(line)
                 out.flush()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+                memory = peak_memory(process.pid) or memory
         with self.guard:
-            self.live.discard(process)
-            if self.stopped:
-                raise KeyboardInterrupt
-        return lines, process.returncode, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+            self.live.remove(process)
+        if process.returncode != 0 and not any(line.startswith("FloatingPointError: ") for _, line in lines):
+            last = next((line.strip() for _, line in reversed(lines) if line.strip()), "no output")
+            raise RunError(f"exit code {process.returncode}: {last[:300]} (all of it in {log})")
+        return lines, memory
 
     def stop(self) -> None:
         with self.guard:
             self.stopped = True
             for process in self.live:
-                os.killpg(process.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it just ended
+                    os.killpg(process.pid, signal.SIGKILL)
+
+    def parallel(self, function: Callable[[Run], Any], runs: list[Run]) -> Iterator[tuple[Run, Any]]:
+        """(run, function(run)) in the order in which they finish; what fails is said and left out."""
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            futures = {pool.submit(function, run): run for run in runs}
+            try:
+                for future in as_completed(futures):
+                    error = future.exception()
+                    if error is None:
+                        yield futures[future], future.result()
+                    elif isinstance(error, RunError):
+                        self.failures += 1
+                        print(f"error: {futures[future].name}: {error}", file=sys.stderr, flush=True)
+                    else:
+                        raise error
+            except BaseException:
+                self.stop()
+                raise
+
+    def settings(self, run: Run) -> Result:
+        """Everything that a result depends on and that two calls of this script may not share."""
+        return {
+            **asdict(run),
+            "updates": self.args.updates,
+            "data": self.data.fingerprint,
+            "options": self.args.extra,
+        }
+
+    def stored(self, run: Run) -> Result | None:
+        """The result of an earlier call, None if the run did not finish.
+
+        Raises:
+            AdminError: it came from other settings.
+        """
+        file = self.args.out / run.name / "result.json"
+        if not file.exists():
+            return None
+        result = json.loads(file.read_text(encoding="utf-8"))
+        for key, value in self.settings(run).items():
+            if result["settings"].get(key) != value:
+                was, now = (shlex.join(x) if isinstance(x, list) else x for x in (result["settings"].get(key), value))
+                raise AdminError(f"{file.parent} was run with {key}: {was}; this is {now}. Choose another --out")
+        return result
+
+    def train(self, run: Run) -> Result:
+        """Train from the start, and write result.json.
+
+        Raises:
+            RunError: fairseq-train failed otherwise than by diverging.
+        """
+        folder, extra, started = self.args.out / run.name, self.args.extra, time.monotonic()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        defaults = [shlex.split(line) for line in DEFAULTS.strip().splitlines()]
+        defaults = [word for line in defaults if not given(line[0], extra) for word in line]
+        places = {"plugin": ROOT / "admin_fairseq", "folder": folder}  # may hold blanks, so filled in after splitting
+        numbers = {**asdict(run), "encoder": run.layers[0], "decoder": run.layers[1], "updates": self.args.updates}
+        ours = [word.format(**places, **numbers, interval=max(self.args.updates // 100, 1)) for word in OURS.split()]
+        lines, memory = self.command(folder / "train.log", "fairseq-train", self.data.folder, *defaults, *extra, *ours)
+        for spare in ("checkpoint_best.pt", "crash.pt"):  # the first is a copy of checkpoint_last.pt
+            (folder / spare).unlink(missing_ok=True)
+        result = {"settings": self.settings(run), **read_log(lines, memory, self.data.positional)}
+        result.update(bleu=None, seconds=round(time.monotonic() - started), environment=environment(self.args))
+        write(folder / "result.json", json.dumps(result))
+        return result
+
+    def translate(self, run: Run) -> float:
+        """BLEU of the run's translation of the test set against the tokenised reference."""
+        folder, data = self.args.out / run.name, self.data
+        lines, _ = self.command(
+            *(folder / "generate.log", "fairseq-generate", data.folder, "--user-dir", ROOT / "admin_fairseq"),
+            *("--path", folder / "checkpoint_last.pt", "-s", data.source, "-t", data.target, *data.remove_bpe),
+            *(*GENERATE.split(), *(["--cpu"] if given("--cpu", self.args.extra) else [])),
+        )
+        log = "".join(line for _, line in lines)
+        references = dict(re.findall(r"^T-(\d+)\t(.*)$", log, re.M))
+        hypotheses = dict(re.findall(r"^H-(\d+)\t[^\t]*\t(.*)$", log, re.M))
+        metric = sacrebleu.BLEU(tokenize="none", smooth_method="none", force=True)  # as multi-bleu.perl
+        return metric.corpus_score([hypotheses[key] for key in references], [list(references.values())]).score
+
+    def run_all(self, runs: list[Run]) -> dict[Run, Result]:
+        """Train what is not finished, then translate with the best; a line for each."""
+        results = {run: result for run in runs if (result := self.stored(run)) is not None}
+        missing = [run for run in runs if run not in results]
+        print(f"{len(runs)} runs, {len(results)} finished before; logs: {self.args.out}/<run>/train.log", flush=True)
+        started, cost, done = time.monotonic(), sum(sum(run.layers) + 4 for run in missing), 0
+        for count, (run, result) in enumerate(self.parallel(self.train, missing), 1):
+            results[run], done = result, done + sum(run.layers) + 4
+            minutes = (time.monotonic() - started) / 60 * (cost - done) / done
+            at = "" if result["update"] is None else f" at {result['update']}"
+            print(
+                f"[{count}/{len(missing)}] {run.name}: {result['verdict']}{at}, perplexity"
+                f" {number(result['train_ppl'])} (valid {number(result['valid_ppl'])}),"
+                f" {number(result['ms_per_update'])} ms/update, {number(result['memory_mb'])} MB,"
+                f" {result['seconds']} s; {minutes:.0f} min left",
+                flush=True,
+            )
+        if not self.args.no_bleu:
+            chosen = [run for group in best(results).values() for run in group if results[run]["bleu"] is None]
+            chosen = [run for run in chosen if (self.args.out / run.name / "checkpoint_last.pt").exists()]
+            for run, score in self.parallel(self.translate, chosen):
+                results[run]["bleu"] = round(score, 2)
+                write(self.args.out / run.name / "result.json", json.dumps(results[run]))
+                print(f"{run.name}: BLEU {score:.1f}", flush=True)
+        return {run: results[run] for run in runs if run in results}
 
 
-class RunError(Exception):
-    """A command failed for another reason than a divergence; the message is one line."""
+def read_log(lines: list[tuple[float, str]], memory: float | None, positional: float) -> Result:
+    """What a training's log says; losses in it are in bits, here in nats."""
+
+    def nats(row: Result, prefix: str = "") -> float:  # fairseq logs nll_loss only where it differs from the loss
+        return float(row.get(f"{prefix}nll_loss", row[f"{prefix}loss"])) * math.log(2)
+
+    def perplexity(loss: float) -> float | None:
+        return math.exp(loss) if loss < 700 else None  # also for NaN, which JSON does not know
+
+    log = "".join(line for _, line in lines)
+    rows = [(moment, re.search(r"\| train_inner \| (\{.*\})", line)) for moment, line in lines]
+    rows = [(moment, json.loads(found[1])) for moment, found in rows if found]
+    curve = [(int(row["num_updates"]), nats(row)) for _, row in rows]
+    error = re.search(r"^FloatingPointError: (.*)", log, re.M)
+    if not curve and not error:
+        raise RunError("the log holds no training loss: there are fewer updates in --max-epoch than were asked for?")
+    verdict, update = judge(curve, positional, error[1] if error else "")
+    paces = [
+        (rows[i][0] - rows[i - 1][0]) / (curve[i][0] - curve[i - 1][0]) * 1000
+        for i in range(1, len(rows))
+        if curve[i][0] > curve[i - 1][0]
+    ]
+    # on a GPU fairseq logs what torch's counter left free at its peak
+    total, free = (
+        re.search(r"total memory = ([\d.]+) GB", log),
+        [float(r["gb_free"]) for _, r in rows if "gb_free" in r],
+    )
+    valid = re.search(r"\| valid \| (\{.*\})", log)
+    parameters = re.search(r"num\. shared model params: ([\d,]+)", log)
+    return {
+        "verdict": verdict,
+        "update": update,
+        "train_ppl": perplexity(final_loss([loss for _, loss in curve])) if curve else None,
+        "valid_ppl": perplexity(nats(json.loads(valid[1]), "valid_")) if valid else None,
+        "ms_per_update": statistics.median(paces) if paces else None,
+        "memory_mb": (float(total[1]) - min(free)) * 1024 if total and free else memory,
+        "parameters": int(parameters[1].replace(",", "")) if parameters else None,
+        "curve": [(update, loss if math.isfinite(loss) else None) for update, loss in curve],
+    }
 
 
-def failed(log: Path, lines: list[tuple[float, str]], code: int) -> RunError:
-    last = next((line.strip() for _, line in reversed(lines) if line.strip()), "no output")
-    return RunError(f"exit code {code}: {last[:300]} (all of it in {log})")
+def peak_memory(pid: int) -> float | None:
+    """Peak resident set of a running process in MB, where /proc knows it.
+
+    What wait4 reports is no use here: it is at least what this process held when it started the other.
+    """
+    try:
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    return int(found[1]) / 1024 if found else None
+
+
+def environment(args: argparse.Namespace) -> str:
+    """Versions and hardware in one line."""
+    device = f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}"
+    if torch.cuda.is_available() and not given("--cpu", args.extra):
+        device = torch.cuda.get_device_name()
+    elif os.path.exists("/proc/cpuinfo"):
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        device = f"{os.cpu_count()} cores of {found[1]}" if found else device
+    versions = f"admin_fairseq {admin_fairseq.__version__}, fairseq {fairseq.__version__}, torch {torch.__version__}"
+    return f"{versions}, Python {platform.python_version()}; {device}, {args.jobs} x {args.threads} threads"
+
+
+def given(option: str, words: list[str]) -> bool:
+    return any(word.split("=")[0] == option for word in words)
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -266,221 +442,42 @@ def write(path: Path, content: str | bytes) -> None:
     os.replace(temporary, path)
 
 
-# --- one run -----------------------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+COLUMNS = (
+    *("method", "depth", "lr", "warmup", "seed", "verdict", "update", "train_ppl", "valid_ppl", "bleu"),
+    *("ms_per_update", "memory_mb", "parameters", "seconds", "best"),
+)
 
 
-def settings(run: Run, args: argparse.Namespace, data: Data) -> dict[str, Any]:
-    """Everything that a result depends on and that may differ between two calls of this script."""
-    return {**asdict(run), "updates": args.updates, "data": data.fingerprint, "options": args.extra}
-
-
-def stored(run: Run, args: argparse.Namespace, data: Data) -> dict[str, Any] | None:
-    """The result of an earlier call, None if the run did not finish.
-
-    Raises:
-        AdminError: it came from other settings.
-    """
-    file = args.out / run.name / "result.json"
-    if not file.exists():
-        return None
-    result = json.loads(file.read_text(encoding="utf-8"))
-    wanted = settings(run, args, data)
-    for key, value in wanted.items():
-        if result["settings"].get(key) != value:
-            raise AdminError(
-                f"{file.parent} was run with {key} {result['settings'].get(key)}, not {value}: choose another --out"
-            )
-    return result
-
-
-def train(run: Run, args: argparse.Namespace, data: Data, commands: Commands) -> dict[str, Any]:
-    """Train, and write result.json.
-
-    Raises:
-        RunError: fairseq-train failed otherwise than by diverging.
-    """
-    folder = args.out / run.name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    encoder, decoder = run.depth.split("-")
-    started = time.monotonic()
-    lines, code, memory = commands.run(
-        *(folder / "train.log", "fairseq-train", data.folder, *DEFAULTS, *args.extra),
-        *("--user-dir", ROOT / "admin_fairseq", *STOCK.get(run.method, ("--arch", f"transformer_{run.method}"))),
-        *("--encoder-layers", encoder, "--decoder-layers", decoder, "--lr", f"{run.lr:g}"),
-        *("--warmup-updates", run.warmup, "--seed", run.seed, "--max-update", args.updates, "--save-dir", folder),
-        *("--log-format", "json", "--log-interval", max(args.updates // 100, 1)),
-        # one validation and one checkpoint, at the end
-        *("--validate-interval", 10**9, "--save-interval", 10**9, "--no-epoch-checkpoints"),
-        "--no-save-optimizer-state",
-    )
-    log = "".join(line for _, line in lines)
-    error = re.search(r"^FloatingPointError: (.*)", log, re.M)
-    if code != 0 and not error:
-        raise failed(folder / "train.log", lines, code)
-    curve, times, free = [], [], []
-    for moment, line in lines:
-        found = re.search(r"\| train_inner \| (\{.*\})", line)
-        if found:
-            row = json.loads(found[1])
-            curve.append((int(row["num_updates"]), nats(row)))
-            times.append(moment)
-            free += [float(row["gb_free"])] if "gb_free" in row else []
-    if not curve and not error:
-        raise RunError(f"no training loss in {folder / 'train.log'}")
-    verdict, at = judge(curve, data.positional, error[1] if error else "")
-    paces = [
-        (times[i] - times[i - 1]) / (curve[i][0] - curve[i - 1][0])
-        for i in range(1, len(curve))
-        if curve[i][0] > curve[i - 1][0]
-    ]
-    total = re.search(r"total memory = ([\d.]+) GB", log)
-    valid = re.search(r"\| valid \| (\{.*\})", log)
-    parameters = re.search(r"num\. shared model params: ([\d,]+)", log)
-    for spare in ("checkpoint_best.pt", "crash.pt"):  # the first is a copy of checkpoint_last.pt
-        (folder / spare).unlink(missing_ok=True)
-    result = {
-        "settings": settings(run, args, data),
-        "verdict": verdict,
-        "update": at,
-        "error": error[1] if error else None,
-        "train_ppl": perplexity(final_loss([loss for _, loss in curve])) if curve else None,
-        "valid_ppl": perplexity(nats(json.loads(valid[1]), "valid_")) if valid else None,
-        "bleu": None,
-        "ms_per_update": round(1000 * statistics.median(paces), 1) if paces else None,
-        "memory_mb": round((float(total[1]) - min(free)) * 1024 if total and free else memory),
-        "parameters": int(parameters[1].replace(",", "")) if parameters else None,
-        "seconds": round(time.monotonic() - started),
-        "environment": environment(),
-        "curve": [(update, loss if math.isfinite(loss) else None) for update, loss in curve],
-    }
-    write(folder / "result.json", json.dumps(result))
-    return result
-
-
-def nats(row: dict[str, Any], prefix: str = "") -> float:
-    """Loss without label smoothing; fairseq logs bits, and nll_loss only where it differs from the loss."""
-    return float(row.get(f"{prefix}nll_loss", row[f"{prefix}loss"])) * math.log(2)
-
-
-def perplexity(loss: float) -> float | None:
-    return math.exp(loss) if loss < 700 else None  # also None for NaN
-
-
-def translate(run: Run, args: argparse.Namespace, data: Data, commands: Commands) -> float:
-    """BLEU of the run's translation of the test set, against the tokenised reference.
-
-    Raises:
-        RunError: fairseq-generate failed.
-    """
-    folder = args.out / run.name
-    lines, code, _ = commands.run(
-        *(folder / "generate.log", "fairseq-generate", data.folder, "--user-dir", ROOT / "admin_fairseq", *GENERATE),
-        *("--path", folder / "checkpoint_last.pt", "-s", data.source, "-t", data.target, *data.remove_bpe),
-        *(["--cpu"] if "--cpu" in args.extra else []),
-    )
-    if code != 0:
-        raise failed(folder / "generate.log", lines, code)
-    log = "".join(line for _, line in lines)
-    references = dict(re.findall(r"^T-(\d+)\t(.*)$", log, re.M))
-    hypotheses = dict(re.findall(r"^H-(\d+)\t[^\t]*\t(.*)$", log, re.M))
-    metric = sacrebleu.BLEU(tokenize="none", smooth_method="none", force=True)
-    return metric.corpus_score([hypotheses[key] for key in references], [list(references.values())]).score
-
-
-def environment() -> str:
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-        cpu = found[1] if found else cpu
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores of {cpu}"
-    versions = f"admin_fairseq {admin_fairseq.__version__}, fairseq {fairseq.__version__}, torch {torch.__version__}"
-    return f"{versions}, Python {platform.python_version()}; {device}"
-
-
-# --- all runs ----------------------------------------------------------------------------------------------------
-
-
-def run_all(runs: list[Run], args: argparse.Namespace, data: Data, commands: Commands) -> dict[Run, dict[str, Any]]:
-    """Train what is not finished, then translate with the best; a line for each. Failures are said and left out."""
-    results = {run: result for run in runs if (result := stored(run, args, data)) is not None}
-    missing = [run for run in runs if run not in results]
-    print(f"{len(runs)} runs, {len(results)} of them finished before; logs in {args.out}/<run>/train.log", flush=True)
-    started, cost, done = time.monotonic(), sum(run.layers + 4 for run in missing), 0
-
-    def parallel(function: Any, todo: list[Run]) -> Iterable[tuple[Run, Any]]:
-        with ThreadPoolExecutor(args.jobs) as pool:
-            futures = {pool.submit(function, run, args, data, commands): run for run in todo}
-            try:
-                for future in as_completed(futures):
-                    try:
-                        yield futures[future], future.result()
-                    except RunError as error:
-                        args.failures += 1
-                        print(f"error: {futures[future].name}: {error}", file=sys.stderr, flush=True)
-            except BaseException:
-                commands.stop()
-                for future in futures:
-                    future.cancel()
-                raise
-
-    for count, (run, result) in enumerate(parallel(train, missing), 1):
-        results[run] = result
-        done += run.layers + 4
-        left = (time.monotonic() - started) * (cost - done) / done
-        at = f" at update {result['update']}" if result["update"] is not None else ""
-        print(
-            f"[{count}/{len(missing)}] {run.name}: {result['verdict']}{at}, perplexity {number(result['train_ppl'])}"
-            f" (valid {number(result['valid_ppl'])}), {number(result['ms_per_update'])} ms an update,"
-            f" {result['memory_mb']} MB, {result['seconds']} s; {left / 60:.0f} min left",
-            flush=True,
-        )
-    if not args.no_bleu:
-        chosen = [run for group in best(results).values() for run in group if results[run]["bleu"] is None]
-        chosen = [run for run in chosen if (args.out / run.name / "checkpoint_last.pt").exists()]
-        for run, score in parallel(translate, chosen):
-            results[run]["bleu"] = score
-            write(args.out / run.name / "result.json", json.dumps(results[run]))
-            print(f"{run.name}: BLEU {score:.1f}", flush=True)
-    return {run: results[run] for run in runs if run in results}
-
-
-def best(results: dict[Run, dict[str, Any]]) -> dict[tuple[str, str], list[Run]]:
-    """By method and depth, the runs (one a seed) of the learning rate and warmup with the lowest mean perplexity."""
-    chosen = {}
-    for (method, depth), runs in grouped(results, lambda run: (run.method, run.depth)).items():
-        candidates = grouped(runs, lambda run: (run.lr, run.warmup)).values()
-        chosen[method, depth] = min(candidates, key=lambda group: mean_valid([results[run] for run in group]))
-    return chosen
-
-
-def grouped(runs: Iterable[Run], key: Any) -> dict[Any, list[Run]]:
+def grouped(runs: Iterable[Run], *fields: str) -> dict[Any, list[Run]]:
     groups: dict[Any, list[Run]] = {}
     for run in runs:
-        groups.setdefault(key(run), []).append(run)
+        groups.setdefault(tuple(getattr(run, field) for field in fields), []).append(run)
     return groups
 
 
-def mean_valid(results: list[dict[str, Any]]) -> float:
+def mean_valid(results: list[Result]) -> float:
     """Mean validation perplexity, infinite if a run has none."""
     values = [result["valid_ppl"] for result in results]
     return math.inf if None in values else statistics.fmean(values)
 
 
-# --- output ------------------------------------------------------------------------------------------------------
+def best(results: dict[Run, Result]) -> dict[tuple[str, str], list[Run]]:
+    """By method and depth, the runs (one a seed) of the learning rate and warmup with the lowest mean perplexity."""
+    return {
+        key: min(grouped(runs, "lr", "warmup").values(), key=lambda group: mean_valid([results[run] for run in group]))
+        for key, runs in grouped(results, "method", "depth").items()
+    }
 
-COLUMNS = "method depth lr warmup seed verdict update train_ppl valid_ppl bleu ms_per_update memory_mb parameters"
-COLUMNS = (*COLUMNS.split(), "seconds", "best")
 
-
-def table_csv(results: dict[Run, dict[str, Any]]) -> str:
+def table_csv(results: dict[Run, Result]) -> str:
     chosen = {run for group in best(results).values() for run in group}
     out = io.StringIO()
-    rows = csv.writer(out, lineterminator="\n")
-    rows.writerow(COLUMNS)
+    rows = csv.DictWriter(out, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    rows.writeheader()
     for run, result in results.items():
-        row = {**asdict(run), **result, "best": "yes" if run in chosen else "no"}
-        rows.writerow(["" if row[column] is None else row[column] for column in COLUMNS])
+        rows.writerow({**result, **asdict(run), "best": "yes" if run in chosen else "no"})
     return out.getvalue()
 
 
@@ -495,114 +492,146 @@ def spread(values: list[float | None]) -> str:
     return number(statistics.fmean(known)) + (f" ± {number(statistics.stdev(known))}" if len(known) > 1 else "")
 
 
-def diverged(results: list[dict[str, Any]]) -> str:
-    """For example 2 of 3: plateau at 120, collapsed at 300; slow runs are named but did not diverge."""
-    bad = [result for result in results if result["verdict"] in DIVERGED]
-    named = [f"{result['verdict']} at {result['update']}" for result in bad]
+def divergences(results: list[Result]) -> str:
+    """For example "2 of 3: plateau at 120, collapsed at 300"; slow runs are named, but did not diverge."""
+    named = [f"{result['verdict']} at {result['update']}" for result in results if result["verdict"] in DIVERGED]
+    count = f"{len(named)} of {len(results)}"
     named += ["slow" for result in results if result["verdict"] == "slow"]
-    return f"{len(bad)} of {len(results)}" + (": " + ", ".join(named) if named else "")
+    return ": ".join([count, ", ".join(named)] if named else [count])
 
 
-def table(results: dict[Run, dict[str, Any]], args: argparse.Namespace, data: Data) -> str:
-    header = (
-        *("method", "depth", "best lr", "warmup", "train ppl", "valid ppl", "BLEU", "diverged, of the best's seeds"),
-        *("of all runs", "ms/update", "memory MB"),
-    )
-    rows = [header]
-    for (method, depth), runs in best(results).items():
-        own = [results[run] for run in runs]
-        every = [result for run, result in results.items() if (run.method, run.depth) == (method, depth)]
-        bad = sum(result["verdict"] in DIVERGED for result in every)
-        columns = {key: [result[key] for result in own] for key in COLUMNS if key in own[0]}
-        rows.append(
-            (
-                *(method, depth, f"{runs[0].lr:g}", str(runs[0].warmup), spread(columns["train_ppl"])),
-                *(spread(columns["valid_ppl"]), spread(columns["bleu"]), diverged(own), f"{bad} of {len(every)}"),
-                *(number(statistics.median(columns["ms_per_update"])), str(max(columns["memory_mb"]))),
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+def table(results: dict[Run, Result], args: argparse.Namespace, data: Data) -> str:
+    rows = [["method", "depth", "lr", "warmup", "train ppl", "valid ppl", "BLEU", "diverged", "of all rates"]]
+    rows[0] += ["ms/update", "memory MB"]
+    for (method, depth), every in grouped(results, "method", "depth").items():
+        runs = best(results)[method, depth]
+        own = {column: [results[run][column] for run in runs] for column in COLUMNS[7:-1]}
+        bad = sum(results[run]["verdict"] in DIVERGED for run in every)
+        row = [method, depth, f"{runs[0].lr:g}", str(runs[0].warmup)]
+        row += [spread(own["train_ppl"]), spread(own["valid_ppl"]), spread(own["bleu"])]
+        row += [divergences([results[run] for run in runs]), f"{bad} of {len(every)}"]
+        known = {column: [value for value in own[column] if value] for column in ("ms_per_update", "memory_mb")}
+        rows.append([*row, *(f"{statistics.median(values):.0f}" if values else "-" for values in known.values())])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    seeds = "one seed" if len(args.seeds) == 1 else f"{len(args.seeds)} seeds, mean ± standard deviation"
-    notes = [
-        "",
-        f"{args.updates} updates each; {seeds}. Best: the lowest mean validation perplexity on the grid.",
-        f"Without any input: perplexity {data.unigram:.1f} (unigram), {data.positional:.1f} (positional).",
-        "BLEU: tokenised, fairseq-generate " + " ".join((*GENERATE, *data.remove_bpe)) + ".",
-        f"Data: {data.source}-{data.target}, {data.pairs:,} pairs, {data.tokens:,} target tokens, {data.fingerprint}.",
-        "",
-        "    " + shlex.join(["python", *sys.argv]),
-        "",
-        *(f"- {line}" for line in sorted({result["environment"] for result in results.values()})),
-    ]
-    return "\n".join(lines + notes) + "\n"
+    seeds = f"Mean ± standard deviation of {len(args.seeds)} seeds" if len(args.seeds) > 1 else "One seed"
+    decoding = " ".join([GENERATE, *data.remove_bpe])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{seeds}, {args.updates} updates each, at the learning rate and warmup of the lowest mean validation",
+            "perplexity on the grid; 'of all rates' counts the divergences on the whole grid.",
+            f"Perplexity without input: {data.unigram:.1f} (unigram), {data.positional:.1f} (positional).",
+            f"BLEU is tokenised; decoding: {decoding}.",
+            f"Data: {data.source}-{data.target}, {data.pairs:,} pairs, {data.tokens:,} target tokens"
+            f" (fingerprint {data.fingerprint}).",
+            *sorted({f"{result['environment']}." for result in results.values()}),
+            "",
+            "    " + shlex.join(["python", *sys.argv]),
+            "",
+        ]
+    )
 
 
-# --- figures -----------------------------------------------------------------------------------------------------
+# --- figures ----------------------------------------------------------------------------------------------------------
 
-# Okabe-Ito; with more methods than colours the dashes differ too
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
-DASHES = ("-", "--", "-.", ":")
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")  # Okabe-Ito, without yellow
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))  # methods that share a colour differ in dashes
+
+Line = Tuple[str, str, List[float], List[float]]  # depth, method, x, y
 
 
-def draw(results: dict[Run, dict[str, Any]], args: argparse.Namespace, data: Data) -> None:
+def curves(results: dict[Run, Result]) -> list[Line]:
+    """Training perplexity by update of the best of each method and depth: geometric mean over the seeds."""
+    lines = []
+    for (depth, method), runs in sorted(best(results).items()):
+        seeds = [results[run]["curve"] for run in runs]
+        updates = [update for update, _ in min(seeds, key=len)]
+        losses = [smooth([math.nan if loss is None else loss for _, loss in curve[: len(updates)]]) for curve in seeds]
+        lines.append((depth, method, updates, [math.exp(statistics.fmean(each)) for each in zip(*losses)]))
+    return lines
+
+
+def rates(results: dict[Run, Result]) -> list[Line]:
+    """Mean validation perplexity by learning rate, each at its best warmup; rates where a seed has none are left out."""
+    lines = []
+    for (depth, method), every in grouped(results, "depth", "method").items():
+        points: dict[float, float] = {}
+        for (lr, _), runs in sorted(grouped(every, "lr", "warmup").items()):
+            points[lr] = min(points.get(lr, math.inf), mean_valid([results[run] for run in runs]))
+        points = {lr: value for lr, value in points.items() if value < math.inf}
+        lines.append((depth, method, list(points), list(points.values())))
+    return lines
+
+
+def draw(lines: list[Line], args: argparse.Namespace, unigram: float, x: str, y: str) -> bytes:
+    """A PNG with one panel a depth and one labelled line a method, perplexity on a logarithmic axis."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    styles = {
-        method: {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[(i + i // len(COLOURS)) % len(DASHES)]}
-        for i, method in enumerate(args.methods)
-    }
-    chosen = best(results)
-    for name, ylabel in (("compare", "training perplexity"), ("lr", "validation perplexity")):
-        figure, axes = pyplot.subplots(
-            *(1, len(args.depths)),
-            figsize=(1 + 4 * len(args.depths), 4.2),
-            sharey=True,
-            squeeze=False,
-            layout="constrained",
+    size = (1 + 4.4 * len(args.depths), 4.6)
+    figure, axes = pyplot.subplots(1, len(args.depths), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    values = [value for *_, ys in lines for value in ys if math.isfinite(value)] + [unigram]
+    for axis, depth in zip(axes[0], args.depths):
+        axis.set(
+            title=f"{depth} layers", xlabel=x, yscale="log", ylim=(min(values) * 0.9, min(max(values), 4 * unigram))
         )
-        for axis, depth in zip(axes[0], args.depths):
-            for method in args.methods:
-                if name == "compare" and (method, depth) in chosen:
-                    curves = [results[run]["curve"] for run in chosen[method, depth]]
-                    length = min(map(len, curves))
-                    updates = [update for update, _ in curves[0][:length]]
-                    losses = [
-                        statistics.fmean(values)
-                        for values in zip(*([loss or math.nan for _, loss in curve] for curve in curves))
-                    ]
-                    axis.plot(updates, [math.exp(loss) for loss in smooth(losses)], label=method, **styles[method])
-                elif name == "lr":
-                    points = {}
-                    own = [run for run in results if (run.method, run.depth) == (method, depth)]
-                    for (lr, _), runs in grouped(own, lambda run: (run.lr, run.warmup)).items():
-                        points[lr] = min(points.get(lr, math.inf), mean_valid([results[run] for run in runs]))
-                    axis.plot(list(points), list(points.values()), marker="o", label=method, **styles[method])
-            axis.axhline(data.unigram, color="grey", linewidth=1, linestyle="--")
-            axis.set(title=depth, xlabel="update" if name == "compare" else "learning rate", yscale="log")
-            if name == "lr":
-                axis.set_xscale("log")
-        axes[0][0].set_ylabel(ylabel)
-        axes[0][-1].legend()
-        out = io.BytesIO()
-        figure.savefig(out, dpi=150, format="png")
-        pyplot.close(figure)
-        write(args.out / f"{name}.png", out.getvalue())
+        axis.axhline(unigram, color="grey", linewidth=1, linestyle="--")
+        axis.annotate("unigram", (0.01, unigram), xycoords=("axes fraction", "data"), fontsize=7.5, va="bottom")
+        ends = []
+        for line_depth, method, xs, ys in lines:
+            if line_depth == depth and xs:
+                i = args.methods.index(method)
+                style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[(i + i // len(COLOURS)) % len(DASHES)]}
+                axis.plot(xs, ys, linewidth=1.5, marker="o" if x == "learning rate" else None, markersize=4, **style)
+                ends.append((xs[-1], min(ys[-1], 4 * unigram), f"{method} {number(ys[-1])}", style["color"]))
+        if x == "learning rate":
+            axis.set(xscale="log", xticks=args.lr)
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_locator(ticker.NullLocator())
+        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            which(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
+        label(axis, ends)
+    axes[0][0].set_ylabel(y)
+    out = io.BytesIO()
+    figure.savefig(out, dpi=150, format="png")
+    pyplot.close(figure)
+    return out.getvalue()
 
 
-# --- command line ------------------------------------------------------------------------------------------------
+def label(axis: Any, ends: list[tuple[float, float, str, str]]) -> None:
+    """Write each line's name to the right of the panel, at the height of its end, but no name over another."""
+    inside, gap = axis.transData + axis.transAxes.inverted(), 0.042
+    ends = sorted((*inside.transform((x, y)), text, colour) for x, y, text, colour in ends)
+    ends.sort(key=lambda end: end[1])
+    heights: list[float] = []
+    for _, y, *_ in ends:
+        heights.append(max(y, heights[-1] + gap) if heights else max(y, 0))
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], 1 - gap * (len(heights) - 1 - i))
+    for (x, y, text, colour), height in zip(ends, heights):
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
+        axis.annotate(
+            *(text, (x, y), (1.04, height), "axes fraction", "axes fraction", leader),
+            fontsize=8,
+            va="center",
+            annotation_clip=False,
+        )
 
 
-def listed(kind: Any, what: str, pattern: str) -> Any:
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def several(kind: Callable[[str], Any], what: str, pattern: str) -> Callable[[str], list[Any]]:
     def parse(text: str) -> list[Any]:
-        items = text.split(",")
-        if not all(re.fullmatch(pattern, item) for item in items):
-            raise argparse.ArgumentTypeError(f"{text} is no list of {what}")
-        return list(dict.fromkeys(map(kind, items)))
+        for item in text.split(","):
+            if not re.fullmatch(pattern, item):
+                raise argparse.ArgumentTypeError(f"{item!r} is no {what}; give a list such as a,b,c")
+        return list(dict.fromkeys(map(kind, text.split(","))))
 
     return parse
 
@@ -612,84 +641,65 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s DATA-BIN --methods M,... --depths E-D,... --updates N --out DIR [options] [-- fairseq-train's]",
+        usage="%(prog)s DATA-BIN --methods M,... --depths E-D,... --updates N --out DIR [options] [-- OPTIONS]",
     )
-    parser.add_argument("data", type=Path, metavar="DATA-BIN", help="folder that fairseq-preprocess wrote")
-    parser.add_argument(
-        "--methods",
-        type=listed(str, "method names such as postln,preln,admin", r"\w+"),
-        required=True,
-        help="postln, preln, admin, ...: METHOD is fairseq's --arch transformer_METHOD",
-    )
-    parser.add_argument(
-        "--depths",
-        type=listed(str, "depths such as 6-6,18-18", r"[1-9]\d*-[1-9]\d*"),
-        required=True,
-        help="encoder and decoder layers, as 6-6,18-18",
-    )
-    rate = r"(\d+\.?\d*|\.\d+)(e-?\d+)?"
-    parser.add_argument(
-        "--lr",
-        type=listed(float, "learning rates", rate),
-        default=[5e-4, 1e-3, 2e-3],
-        help="peak learning rates (5e-4,1e-3,2e-3)",
-    )
-    parser.add_argument(
-        "--warmup", type=listed(int, "numbers of updates", r"\d+"), default=[200], help="warmup updates (200)"
-    )
-    parser.add_argument("--seeds", type=listed(int, "seeds", r"\d+"), default=[1], help="seeds (1)")
-    parser.add_argument("--updates", type=int, required=True, help="training updates of each run")
-    parser.add_argument("--out", type=Path, required=True, help="folder for everything written")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run (1)")
-    parser.add_argument("--no-bleu", action="store_true", help="do not translate the test set")
+    depth, rate = several(str, "depth", r"[1-9]\d*-[1-9]\d*"), r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
+    whole, option = r"\d+", parser.add_argument
+    option("data", type=Path, metavar="DATA-BIN", help="folder that fairseq-preprocess wrote")
+    option("--methods", type=several(str, "method", "|".join(METHODS)), required=True, help=", ".join(METHODS))
+    option("--depths", type=depth, required=True, help="encoder and decoder layers, such as 6-6,18-18")
+    option("--lr", type=several(float, "learning rate", rate), default="5e-4,1e-3,2e-3", help="(%(default)s)")
+    option("--warmup", type=several(int, "number of updates", whole), default="200", help="in updates (%(default)s)")
+    option("--seeds", type=several(int, "seed", whole), default="1", help="(%(default)s)")
+    option("--updates", type=int, required=True, help="training updates of each run")
+    option("--out", type=Path, required=True, help="folder for everything written")
+    option("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
+    option("--threads", type=int, default=1, help="CPU threads of each run (%(default)s)")
+    option("--no-bleu", action="store_true", help="do not translate the test set")
     args = parser.parse_args(argv)
-    args.extra, args.failures = extra, 0
-    for method in args.methods:
-        if method not in STOCK and f"transformer_{method}" not in ARCH_MODEL_REGISTRY:
-            parser.error(f"--methods: there is no architecture transformer_{method}")
-    for option in OURS:
-        if any(word.split("=")[0] == option for word in extra):
-            parser.error(f"{option} is set by this script; it cannot follow --")
-    for option in ("updates", "jobs", "threads"):
-        if getattr(args, option) < 1:
-            parser.error(f"--{option} must be at least 1")
+    args.extra = extra
+    for word in OURS.split():
+        if word.startswith("--") and given(word, extra):
+            parser.error(f"{word} is set by this script and cannot follow --")
+    for name in ("updates", "jobs", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if 0 in args.lr:
+        parser.error("--lr must be above 0")
     return args
 
 
 def main() -> None:
     args = parse(sys.argv[1:])
     data = Data(args.data, args.extra)
-    runs = [
-        Run(method, depth, lr, warmup, seed)
-        for depth, method, lr, warmup, seed in itertools.product(
-            args.depths, args.methods, args.lr, args.warmup, args.seeds
-        )
-    ]
+    grid = itertools.product(args.depths, args.methods, args.lr, args.warmup, args.seeds)
+    runs = [Run(method, depth, lr, warmup, seed) for depth, method, lr, warmup, seed in grid]
     args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise AdminError(
-                f"another compare.py, or a training that it left behind, is at work in {args.out}"
-            ) from None
-        for number_ in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number_, lambda *_: sys.exit(1))
-        results = run_all(runs, args, data, Commands(args.threads, lock))
+            raise AdminError(f"another compare.py, or a run that it left behind, is at work in {args.out}") from None
+        runner = Runner(args, data, lock)
+
+        def interrupted(*_: Any) -> None:
+            runner.stop()
+            sys.exit("interrupted; the same command goes on")
+
+        for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(kind, interrupted)
+        results = runner.run_all(runs)
         if not results:
             raise AdminError("no run finished")
         write(args.out / "compare.csv", table_csv(results))
-        text = table(results, args, data)
-        write(args.out / "table.md", text)
-        draw(results, args, data)
-    print("\n" + text)
-    if args.failures:
-        raise AdminError(f"{args.failures} runs failed, see above; the same command tries them again")
+        write(args.out / "table.md", table(results, args, data))
+        validation = draw(rates(results), args, data.unigram, "learning rate", "validation perplexity")
+        write(args.out / "lr.png", validation)
+        write(args.out / "compare.png", draw(curves(results), args, data.unigram, "update", "training perplexity"))
+    print("\n" + table(results, args, data))
+    if runner.failures:
+        raise AdminError(f"{runner.failures} runs failed, see above; the same command tries them again")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on")
+    main()
