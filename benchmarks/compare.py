@@ -66,6 +66,8 @@ from fairseq.data import Dictionary, data_utils  # noqa: E402
 import admin_fairseq  # noqa: E402
 from admin_fairseq.architectures import METHODS  # noqa: E402
 from admin_fairseq.errors import DATA_HINT, AdminError  # noqa: E402
+from benchmarks.divergence import DIVERGED, context_free_perplexities, final_loss, judge, smooth  # noqa: E402
+from benchmarks.figures import panels  # noqa: E402
 
 # a line is left out where the user gives its first option: fairseq-train knows the others only beside it
 DEFAULTS = """
@@ -84,10 +86,6 @@ OURS = """--user-dir {plugin} --save-dir {folder} --arch transformer_{method} --
 --log-format json --log-interval {interval}
 --validate-interval 1000000 --save-interval 1000000 --no-epoch-checkpoints --no-save-optimizer-state"""
 GENERATE = "--beam 5 --max-len-a 1.2 --max-len-b 10 --required-batch-size-multiple 1"
-DIVERGED = ("plateau", "collapsed", "non-finite", "loss-scale")
-FLAT = 0.05  # nats: a perplexity that falls by less than 5% in the last third of the training has stopped falling
-CLEARLY = 0.2  # nats below the positional level: use of the input, not noise around the level
-
 Result = Dict[str, Any]  # what result.json holds
 
 
@@ -106,60 +104,6 @@ class Run:
     @property
     def layers(self) -> list[int]:
         return [int(layers) for layers in self.depth.split("-")]
-
-
-# --- what the loss says -----------------------------------------------------------------------------------------------
-
-
-def context_free_perplexities(sentences: Iterable[np.ndarray], vocabulary: int) -> tuple[float, float]:
-    """The lowest perplexities that models without input can reach on these targets: (unigram, positional).
-
-    ``sentences`` are arrays of token ids [length], each with its sentence end. The first model knows every token's
-    frequency, the second its frequency at each position (from the 256th on, taken together): the exponentials of the
-    entropies H(token) and H(token | position).
-    """
-    counts, sentences = np.zeros((256, vocabulary), dtype=np.int64), iter(sentences)
-    while chunk := list(itertools.islice(sentences, 100_000)):
-        positions = np.concatenate([np.minimum(np.arange(len(sentence)), 255) for sentence in chunk])
-        cells = positions * vocabulary + np.concatenate(chunk)
-        counts += np.bincount(cells, minlength=counts.size).reshape(counts.shape)
-
-    def entropy(frequencies: np.ndarray) -> float:
-        shares = frequencies[frequencies > 0] / frequencies.sum()
-        return float(-(shares * np.log(shares)).sum())
-
-    return math.exp(entropy(counts.sum(0))), math.exp(entropy(counts) - entropy(counts.sum(1)))
-
-
-def smooth(losses: list[float]) -> list[float]:
-    """Mean over the neighbouring twentieth of the curve on either side."""
-    half = len(losses) // 20
-    return [statistics.fmean(losses[max(i - half, 0) : i + half + 1]) for i in range(len(losses))]
-
-
-def final_loss(losses: list[float]) -> float:
-    """Mean over the last tenth of the curve."""
-    return statistics.fmean(losses[-max(len(losses) // 10, 1) :])
-
-
-def judge(curve: list[tuple[int, float]], positional: float, error: str = "") -> tuple[str, int | None]:
-    """What became of a training: (verdict, the update that goes with it).
-
-    ``curve`` holds (update, training loss in nats), ``positional`` is the positional perplexity, ``error`` the text of
-    the FloatingPointError with which fairseq stopped, if it did. The verdicts are those of this script's docstring.
-    """
-    finite = list(itertools.takewhile(lambda point: math.isfinite(point[1]), curve))
-    if error or len(finite) < len(curve):
-        return "loss-scale" if "loss scale" in error else "non-finite", finite[-1][0] if finite else 0
-    updates, losses = zip(*curve)
-    smoothed, final, level = smooth(losses), final_loss(losses), math.log(positional)
-    if final < level:
-        return "trained", None
-    if min(smoothed) < level - CLEARLY:
-        return "collapsed", max(update for update, loss in zip(updates, smoothed) if loss < level)
-    if smoothed[len(smoothed) * 2 // 3] - final > FLAT:
-        return "slow", None
-    return "plateau", next(update for update, loss in zip(updates, smoothed) if loss < final + FLAT)
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -357,6 +301,7 @@ class Runner:
                 f" {result['seconds']} s; {minutes:.0f} min left",
                 flush=True,
             )
+            write_tables(results, self.args, self.data)
         if not self.args.no_bleu:
             chosen = [run for group in best(results).values() for run in group if results[run]["bleu"] is None]
             chosen = [run for run in chosen if (self.args.out / run.name / "checkpoint_last.pt").exists()]
@@ -535,92 +480,38 @@ def table(results: dict[Run, Result], args: argparse.Namespace, data: Data) -> s
     )
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------
+def write_tables(results: dict[Run, Result], args: argparse.Namespace, data: Data) -> str:
+    """Write compare.csv and table.md, and return the second."""
+    text = table(results, args, data)
+    write(args.out / "compare.csv", table_csv(results))
+    write(args.out / "table.md", text)
+    return text
 
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")  # Okabe-Ito, without yellow
-DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))  # methods that share a colour differ in dashes
 
-Line = Tuple[str, str, List[float], List[float]]  # depth, method, x, y
+Lines = Dict[Tuple[str, str], Tuple[List[float], List[float]]]
 
 
-def curves(results: dict[Run, Result]) -> list[Line]:
-    """Training perplexity by update of the best of each method and depth: geometric mean over the seeds."""
-    lines = []
-    for (depth, method), runs in sorted(best(results).items()):
+def training_curves(results: dict[Run, Result]) -> Lines:
+    """By depth and method, training perplexity by update of the best: geometric mean over the seeds."""
+    lines = {}
+    for (method, depth), runs in best(results).items():
         seeds = [results[run]["curve"] for run in runs]
-        updates = [update for update, _ in min(seeds, key=len)]
+        updates = [update for update, _ in min(seeds, key=len)]  # a seed may have stopped early
         losses = [smooth([math.nan if loss is None else loss for _, loss in curve[: len(updates)]]) for curve in seeds]
-        lines.append((depth, method, updates, [math.exp(statistics.fmean(each)) for each in zip(*losses)]))
+        lines[f"{depth} layers", method] = updates, [math.exp(statistics.fmean(each)) for each in zip(*losses)]
     return lines
 
 
-def rates(results: dict[Run, Result]) -> list[Line]:
-    """Mean validation perplexity by learning rate, each at its best warmup; rates where a seed has none are left out."""
-    lines = []
-    for (depth, method), every in grouped(results, "depth", "method").items():
+def by_rate(results: dict[Run, Result]) -> Lines:
+    """By depth and method, validation perplexity by learning rate at its best warmup, where every seed has one."""
+    lines = {}
+    for (method, depth), every in grouped(results, "method", "depth").items():
         points: dict[float, float] = {}
         for (lr, _), runs in sorted(grouped(every, "lr", "warmup").items()):
             points[lr] = min(points.get(lr, math.inf), mean_valid([results[run] for run in runs]))
         points = {lr: value for lr, value in points.items() if value < math.inf}
-        lines.append((depth, method, list(points), list(points.values())))
+        lines[f"{depth} layers", method] = list(points), list(points.values())
     return lines
-
-
-def draw(lines: list[Line], args: argparse.Namespace, unigram: float, x: str, y: str) -> bytes:
-    """A PNG with one panel a depth and one labelled line a method, perplexity on a logarithmic axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-
-    size = (1 + 4.4 * len(args.depths), 4.6)
-    figure, axes = pyplot.subplots(1, len(args.depths), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    values = [value for *_, ys in lines for value in ys if math.isfinite(value)] + [unigram]
-    for axis, depth in zip(axes[0], args.depths):
-        axis.set(
-            title=f"{depth} layers", xlabel=x, yscale="log", ylim=(min(values) * 0.9, min(max(values), 4 * unigram))
-        )
-        axis.axhline(unigram, color="grey", linewidth=1, linestyle="--")
-        axis.annotate("unigram", (0.01, unigram), xycoords=("axes fraction", "data"), fontsize=7.5, va="bottom")
-        ends = []
-        for line_depth, method, xs, ys in lines:
-            if line_depth == depth and xs:
-                i = args.methods.index(method)
-                style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[(i + i // len(COLOURS)) % len(DASHES)]}
-                axis.plot(xs, ys, linewidth=1.5, marker="o" if x == "learning rate" else None, markersize=4, **style)
-                ends.append((xs[-1], min(ys[-1], 4 * unigram), f"{method} {number(ys[-1])}", style["color"]))
-        if x == "learning rate":
-            axis.set(xscale="log", xticks=args.lr)
-            axis.xaxis.set_major_formatter("{x:g}")
-            axis.xaxis.set_minor_locator(ticker.NullLocator())
-        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            which(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
-        label(axis, ends)
-    axes[0][0].set_ylabel(y)
-    out = io.BytesIO()
-    figure.savefig(out, dpi=150, format="png")
-    pyplot.close(figure)
-    return out.getvalue()
-
-
-def label(axis: Any, ends: list[tuple[float, float, str, str]]) -> None:
-    """Write each line's name to the right of the panel, at the height of its end, but no name over another."""
-    inside, gap = axis.transData + axis.transAxes.inverted(), 0.042
-    ends = sorted((*inside.transform((x, y)), text, colour) for x, y, text, colour in ends)
-    ends.sort(key=lambda end: end[1])
-    heights: list[float] = []
-    for _, y, *_ in ends:
-        heights.append(max(y, heights[-1] + gap) if heights else max(y, 0))
-    for i in reversed(range(len(heights))):
-        heights[i] = min(heights[i], 1 - gap * (len(heights) - 1 - i))
-    for (x, y, text, colour), height in zip(ends, heights):
-        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
-        axis.annotate(
-            *(text, (x, y), (1.04, height), "axes fraction", "axes fraction", leader),
-            fontsize=8,
-            va="center",
-            annotation_clip=False,
-        )
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -691,12 +582,12 @@ def main() -> None:
         results = runner.run_all(runs)
         if not results:
             raise AdminError("no run finished")
-        write(args.out / "compare.csv", table_csv(results))
-        write(args.out / "table.md", table(results, args, data))
-        validation = draw(rates(results), args, data.unigram, "learning rate", "validation perplexity")
-        write(args.out / "lr.png", validation)
-        write(args.out / "compare.png", draw(curves(results), args, data.unigram, "update", "training perplexity"))
-    print("\n" + table(results, args, data))
+        text = write_tables(results, args, data)
+        curves = panels(training_curves(results), data.unigram, "update", "training perplexity")
+        write(args.out / "compare.png", curves)
+        rates = panels(by_rate(results), data.unigram, "learning rate", "validation perplexity", ticks=args.lr)
+        write(args.out / "lr.png", rates)
+    print("\n" + text)
     if runner.failures:
         raise AdminError(f"{runner.failures} runs failed, see above; the same command tries them again")
 

@@ -1,0 +1,78 @@
+"""Whether a training diverged, told from its loss.
+
+A model that makes no use of its input, neither of the source nor of the words before, reaches the perplexity of the
+target words' frequencies (unigram), and at best that of their frequencies at each position of the sentence
+(positional). A training that ends above the second has learnt nothing from its input. Models pass that level early and
+quickly if they pass it at all, hence a plateau there is told from a slow start by whether the loss still falls.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from typing import Iterable
+
+import numpy as np
+
+DIVERGED = ("plateau", "collapsed", "non-finite", "loss-scale")
+FLAT = 0.05  # nats: a perplexity that falls by less than 5% in the last third of the training has stopped falling
+CLEARLY = 0.2  # nats below the positional level: use of the input, not noise around the level
+
+
+def context_free_perplexities(sentences: Iterable[np.ndarray], vocabulary: int) -> tuple[float, float]:
+    """The lowest perplexities that models without input can reach on these targets: (unigram, positional).
+
+    ``sentences`` are arrays of token ids [length], each with its sentence end. The first model knows every token's
+    frequency, the second its frequency at each position (from the 256th on, taken together): the exponentials of the
+    entropies H(token) and H(token | position).
+    """
+    counts, sentences = np.zeros((256, vocabulary), dtype=np.int64), iter(sentences)
+    while chunk := list(itertools.islice(sentences, 100_000)):
+        positions = np.concatenate([np.minimum(np.arange(len(sentence)), 255) for sentence in chunk])
+        cells = positions * vocabulary + np.concatenate(chunk)
+        counts += np.bincount(cells, minlength=counts.size).reshape(counts.shape)
+
+    def entropy(frequencies: np.ndarray) -> float:
+        shares = frequencies[frequencies > 0] / frequencies.sum()
+        return float(-(shares * np.log(shares)).sum())
+
+    return math.exp(entropy(counts.sum(0))), math.exp(entropy(counts) - entropy(counts.sum(1)))
+
+
+def smooth(losses: list[float]) -> list[float]:
+    """Mean over the neighbouring twentieth of the curve on either side."""
+    half = len(losses) // 20
+    return [statistics.fmean(losses[max(i - half, 0) : i + half + 1]) for i in range(len(losses))]
+
+
+def final_loss(losses: list[float]) -> float:
+    """Mean over the last tenth of the curve."""
+    return statistics.fmean(losses[-max(len(losses) // 10, 1) :])
+
+
+def judge(curve: list[tuple[int, float]], positional: float, error: str = "") -> tuple[str, int | None]:
+    """What became of a training: (verdict, the update that goes with it).
+
+    ``curve`` holds (update, training loss in nats, label smoothing left out), ``positional`` is the positional
+    perplexity, ``error`` the text of the FloatingPointError with which fairseq stopped, if it did. Verdicts:
+
+    - non-finite: the loss or its gradient became infinite or NaN, after this update
+    - loss-scale: the fp16 loss scale shrank to its minimum, after this update
+    - collapsed: it was clearly below the positional level until this update, then rose above it and stayed
+    - plateau: it ended above that level, and has not fallen since this update
+    - slow: it ended above that level too, but was still falling: too few updates to tell
+    - trained: none of these
+    """
+    finite = list(itertools.takewhile(lambda point: math.isfinite(point[1]), curve))
+    if error or len(finite) < len(curve):
+        return "loss-scale" if "loss scale" in error else "non-finite", finite[-1][0] if finite else 0
+    updates, losses = zip(*curve)
+    smoothed, final, level = smooth(losses), final_loss(losses), math.log(positional)
+    if final < level:
+        return "trained", None
+    if min(smoothed) < level - CLEARLY:
+        return "collapsed", max(update for update, loss in zip(updates, smoothed) if loss < level)
+    if smoothed[len(smoothed) * 2 // 3] - final > FLAT:
+        return "slow", None
+    return "plateau", next(update for update, loss in zip(updates, smoothed) if loss < final + FLAT)

@@ -1,0 +1,83 @@
+"""Perplexities of many methods in panels side by side, for print and for colour-blind readers."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any, Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot, ticker
+
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")  # Okabe-Ito, without yellow
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))  # methods that share a colour differ in dashes
+GREY = {"color": "grey", "linewidth": 1, "linestyle": DASHES[1]}
+
+
+def panels(
+    lines: dict[tuple[str, str], tuple[Sequence[float], Sequence[float]]],
+    unigram: float,
+    xlabel: str,
+    ylabel: str,
+    ticks: Sequence[float] = (),
+) -> bytes:
+    """A PNG with a panel a title and a labelled line a method; perplexity on a logarithmic axis up to 4 x unigram.
+
+    ``lines`` maps (title, method) to (x, y). With ``ticks`` the x axis is logarithmic too, has these ticks, and the
+    points are marked.
+    """
+    titles, methods = (list(dict.fromkeys(key[i] for key in lines)) for i in (0, 1))
+    values = [y for _, ys in lines.values() for y in ys if math.isfinite(y)] + [unigram]
+    low, top, n = min(values) * 0.9, min(max(values) * 1.3, 4 * unigram), len(COLOURS)
+    size = (1 + 4.4 * len(titles), 4.6)
+    figure, axes = pyplot.subplots(1, len(titles), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, title in zip(axes[0], titles):
+        axis.set(title=title, xlabel=xlabel, yscale="log", ylim=(low, top))
+        ends: list[Any] = []
+        for i, method in enumerate(methods):
+            xs, ys = lines.get((title, method), ((), ()))
+            style = {"color": COLOURS[i % n], "linestyle": DASHES[(i % n + i // n) % len(DASHES)]}
+            axis.plot(xs, ys, linewidth=1.5, marker="o" if ticks else None, markersize=4, **style)
+            points = [(x, y) for x, y in zip(xs, ys) if math.isfinite(y)]
+            if points:
+                x, y = points[-1]
+                value = "" if ticks else f" {y:.{1 if y < 100 else 0}f}"
+                ends.append((x, min(y, top), method + value, style))
+        if ticks:
+            axis.set(xscale="log", xticks=ticks)
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_locator(ticker.NullLocator())
+        axis.set_xlim(axis.get_xlim())  # fixes it for the labels: autoscaling waits until it is asked
+        axis.axhline(unigram, **GREY)
+        ends.append((axis.get_xlim()[1], unigram, "unigram", GREY))
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
+        _label(axis, ends)
+    axes[0][0].set_ylabel(ylabel)
+    out = io.BytesIO()
+    figure.savefig(out, dpi=150, format="png")
+    pyplot.close(figure)
+    return out.getvalue()
+
+
+def _label(axis: Any, ends: list[tuple[float, float, str, dict[str, Any]]]) -> None:
+    """Write (x, y, text, style) to the right of the panel, each near the height of its point, none over another."""
+    inside, gap = axis.transData + axis.transAxes.inverted(), 0.045
+    ends = sorted(((*inside.transform((x, y)), text, style) for x, y, text, style in ends), key=lambda end: end[1])
+    up, down = [], []  # pushed apart from below and from above: the mean of both stays near the points
+    for _, y, *_ in ends:
+        up.append(max(y, up[-1] + gap) if up else y)
+    for _, y, *_ in reversed(ends):
+        down.append(min(y, down[-1] - gap) if down else y)
+    for i, ((x, y, text, style), *both) in enumerate(zip(ends, up, reversed(down))):
+        height = min(max(sum(both) / 2, i * gap), 1 - (len(ends) - 1 - i) * gap)
+        leader = {"arrowstyle": "-", "linewidth": 1, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 0, **style}
+        axis.annotate(
+            *(text, (x, y), (1.06, height), "axes fraction", "axes fraction", leader),
+            fontsize=8,
+            va="center",
+            annotation_clip=False,
+        )
