@@ -11,17 +11,6 @@ rates, warmups or seeds it trains what is missing. Each run keeps its weights, w
 
 What follows -- goes to fairseq-train: widths, --max-tokens, --optimizer and so on, the same for all. Where it does not
 say otherwise: Adam (0.9, 0.98), inverse_sqrt, dropout 0.1, label smoothing 0.1, --max-tokens 4096, one worker.
-
-Verdicts, from the training loss without label smoothing, averaged over neighbouring log lines:
-  non-finite  the loss or its gradient became infinite or NaN (after this update)
-  loss-scale  the fp16 loss scale shrank to its minimum, at which fairseq stops (after this update)
-  plateau     it ended where its input was of no use, and has not fallen since this update
-  collapsed   it made use of its input until this update, then rose back to where it is of none, and stayed
-  slow        it ended there too, but was still falling: too few updates to tell
-  trained     none of these
-Where input is of no use: a model that ignores it reaches the perplexity of the target words' frequencies (unigram), and
-at best that of their frequencies at each position of the sentence (positional). To end above the second is to have
-learnt nothing from the source or the words before. Both are computed from DATA-BIN's training targets.
 """
 
 from __future__ import annotations
@@ -58,7 +47,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-logging.disable(logging.INFO)  # importing fairseq turns on everybody's debug lines
+if __name__ == "__main__":
+    logging.disable(logging.INFO)  # importing fairseq turns on everybody's debug lines
 
 import fairseq  # noqa: E402
 from fairseq.data import Dictionary, data_utils  # noqa: E402
@@ -66,6 +56,7 @@ from fairseq.data import Dictionary, data_utils  # noqa: E402
 import admin_fairseq  # noqa: E402
 from admin_fairseq.architectures import METHODS  # noqa: E402
 from admin_fairseq.errors import DATA_HINT, AdminError  # noqa: E402
+from benchmarks import divergence  # noqa: E402
 from benchmarks.divergence import DIVERGED, context_free_perplexities, final_loss, judge, smooth  # noqa: E402
 from benchmarks.figures import panels  # noqa: E402
 
@@ -278,11 +269,7 @@ class Runner:
             *("--path", folder / "checkpoint_last.pt", "-s", data.source, "-t", data.target, *data.remove_bpe),
             *(*GENERATE.split(), *(["--cpu"] if given("--cpu", self.args.extra) else [])),
         )
-        log = "".join(line for _, line in lines)
-        references = dict(re.findall(r"^T-(\d+)\t(.*)$", log, re.M))
-        hypotheses = dict(re.findall(r"^H-(\d+)\t[^\t]*\t(.*)$", log, re.M))
-        metric = sacrebleu.BLEU(tokenize="none", smooth_method="none", force=True)  # as multi-bleu.perl
-        return metric.corpus_score([hypotheses[key] for key in references], [list(references.values())]).score
+        return bleu("".join(line for _, line in lines))
 
     def run_all(self, runs: list[Run]) -> dict[Run, Result]:
         """Train what is not finished, then translate with the best; a line for each."""
@@ -312,6 +299,14 @@ class Runner:
         return {run: results[run] for run in runs if run in results}
 
 
+def bleu(log: str) -> float:
+    """Tokenised BLEU of fairseq-generate's output, computed as multi-bleu.perl does."""
+    references = dict(re.findall(r"^T-(\d+)\t(.*)$", log, re.M))
+    hypotheses = dict(re.findall(r"^H-(\d+)\t[^\t]*\t(.*)$", log, re.M))
+    metric = sacrebleu.BLEU(tokenize="none", smooth_method="none", force=True)
+    return metric.corpus_score([hypotheses[key] for key in references], [list(references.values())]).score
+
+
 def read_log(lines: list[tuple[float, str]], memory: float | None, positional: float) -> Result:
     """What a training's log says; losses in it are in bits, here in nats."""
 
@@ -334,18 +329,16 @@ def read_log(lines: list[tuple[float, str]], memory: float | None, positional: f
         for i in range(1, len(rows))
         if curve[i][0] > curve[i - 1][0]
     ]
-    # on a GPU fairseq logs what torch's counter left free at its peak
-    total, free = (
-        re.search(r"total memory = ([\d.]+) GB", log),
-        [float(r["gb_free"]) for _, r in rows if "gb_free" in r],
-    )
-    valid = re.search(r"\| valid \| (\{.*\})", log)
+    # on a GPU fairseq logs how much torch's counter left free at its peak
+    total = re.search(r"total memory = ([\d.]+) GB", log)
+    free = [float(row["gb_free"]) for _, row in rows if "gb_free" in row]
+    valid = re.findall(r"\| valid \| (\{.*\})", log)
     parameters = re.search(r"num\. shared model params: ([\d,]+)", log)
     return {
         "verdict": verdict,
         "update": update,
         "train_ppl": perplexity(final_loss([loss for _, loss in curve])) if curve else None,
-        "valid_ppl": perplexity(nats(json.loads(valid[1]), "valid_")) if valid else None,
+        "valid_ppl": perplexity(nats(json.loads(valid[-1]), "valid_")) if valid else None,
         "ms_per_update": statistics.median(paces) if paces else None,
         "memory_mb": (float(total[1]) - min(free)) * 1024 if total and free else memory,
         "parameters": int(parameters[1].replace(",", "")) if parameters else None,
@@ -446,7 +439,7 @@ def divergences(results: list[Result]) -> str:
 
 
 def table(results: dict[Run, Result], args: argparse.Namespace, data: Data) -> str:
-    rows = [["method", "depth", "lr", "warmup", "train ppl", "valid ppl", "BLEU", "diverged", "of all rates"]]
+    rows = [["method", "depth", "lr", "warmup", "train ppl", "valid ppl", "BLEU", "diverged", "of the grid"]]
     rows[0] += ["ms/update", "memory MB"]
     for (method, depth), every in grouped(results, "method", "depth").items():
         runs = best(results)[method, depth]
@@ -461,13 +454,14 @@ def table(results: dict[Run, Result], args: argparse.Namespace, data: Data) -> s
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     seeds = f"Mean ± standard deviation of {len(args.seeds)} seeds" if len(args.seeds) > 1 else "One seed"
+    grid = math.prod(map(len, (args.methods, args.depths, args.lr, args.warmup, args.seeds)))
     decoding = " ".join([GENERATE, *data.remove_bpe])
     return "\n".join(
         [
             *lines,
             "",
-            f"{seeds}, {args.updates} updates each, at the learning rate and warmup of the lowest mean validation",
-            "perplexity on the grid; 'of all rates' counts the divergences on the whole grid.",
+            f"{seeds}, {args.updates} updates each, at the learning rate and warmup with the lowest mean validation",
+            f"perplexity. 'Of the grid' counts divergences at all of them ({len(results)} of {grid} runs finished).",
             f"Perplexity without input: {data.unigram:.1f} (unigram), {data.positional:.1f} (positional).",
             f"BLEU is tokenised; decoding: {decoding}.",
             f"Data: {data.source}-{data.target}, {data.pairs:,} pairs, {data.tokens:,} target tokens"
@@ -521,7 +515,7 @@ def several(kind: Callable[[str], Any], what: str, pattern: str) -> Callable[[st
     def parse(text: str) -> list[Any]:
         for item in text.split(","):
             if not re.fullmatch(pattern, item):
-                raise argparse.ArgumentTypeError(f"{item!r} is no {what}; give a list such as a,b,c")
+                raise argparse.ArgumentTypeError(f"{item!r} is no {what}")
         return list(dict.fromkeys(map(kind, text.split(","))))
 
     return parse
@@ -531,17 +525,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     argv, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(
         description=__doc__,
+        epilog="Verdicts. " + divergence.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s DATA-BIN --methods M,... --depths E-D,... --updates N --out DIR [options] [-- OPTIONS]",
     )
-    depth, rate = several(str, "depth", r"[1-9]\d*-[1-9]\d*"), r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
-    whole, option = r"\d+", parser.add_argument
+    known, whole, positive = ", ".join(METHODS), r"\d+", r"(?!0*\.?0*(e|$))(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
+    methods = several(str, f"method; there are {known}", "|".join(METHODS))
+    depths = several(str, "depth such as 6-6", r"[1-9]\d*-[1-9]\d*")
+    option = parser.add_argument
     option("data", type=Path, metavar="DATA-BIN", help="folder that fairseq-preprocess wrote")
-    option("--methods", type=several(str, "method", "|".join(METHODS)), required=True, help=", ".join(METHODS))
-    option("--depths", type=depth, required=True, help="encoder and decoder layers, such as 6-6,18-18")
-    option("--lr", type=several(float, "learning rate", rate), default="5e-4,1e-3,2e-3", help="(%(default)s)")
-    option("--warmup", type=several(int, "number of updates", whole), default="200", help="in updates (%(default)s)")
-    option("--seeds", type=several(int, "seed", whole), default="1", help="(%(default)s)")
+    option("--methods", type=methods, required=True, help=f"of {known}")
+    option("--depths", type=depths, required=True, help="encoder and decoder layers, such as 6-6,18-18")
+    rates = several(float, "learning rate", positive)
+    option("--lr", type=rates, default="5e-4,1e-3,2e-3", help="peak learning rates (%(default)s)")
+    warmups = several(int, "number of updates", whole)
+    option("--warmup", type=warmups, default="200", help="warmup updates; 0 needs -- --lr-scheduler (%(default)s)")
+    option("--seeds", type=several(int, "seed", whole), default="1", help="seeds (%(default)s)")
     option("--updates", type=int, required=True, help="training updates of each run")
     option("--out", type=Path, required=True, help="folder for everything written")
     option("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
@@ -555,8 +554,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ("updates", "jobs", "threads"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    if 0 in args.lr:
-        parser.error("--lr must be above 0")
     return args
 
 

@@ -1,9 +1,15 @@
-"""Whether a training diverged, told from its loss.
+"""Whether a training diverged, told from its loss without label smoothing, averaged over neighbouring log lines.
 
-A model that makes no use of its input, neither of the source nor of the words before, reaches the perplexity of the
-target words' frequencies (unigram), and at best that of their frequencies at each position of the sentence
-(positional). A training that ends above the second has learnt nothing from its input. Models pass that level early and
-quickly if they pass it at all, hence a plateau there is told from a slow start by whether the loss still falls.
+  non-finite  the loss or its gradient became infinite or NaN (after this update)
+  loss-scale  the fp16 loss scale shrank to its minimum, at which fairseq stops (after this update)
+  plateau     it ended where its input was of no use, and has not fallen since this update
+  collapsed   it made use of its input until this update, then rose back to where it is of none, and stayed
+  slow        it ended there too, but was still falling: too few updates to tell
+  trained     none of these
+
+Where input is of no use: a model that ignores it, the source and the words before, reaches the perplexity of the target
+words' frequencies (unigram), and at best that of their frequencies at each position of the sentence (positional). A
+training that ends above the second has learnt nothing from its input. Both are computed from the training targets.
 """
 
 from __future__ import annotations
@@ -54,15 +60,8 @@ def final_loss(losses: list[float]) -> float:
 def judge(curve: list[tuple[int, float]], positional: float, error: str = "") -> tuple[str, int | None]:
     """What became of a training: (verdict, the update that goes with it).
 
-    ``curve`` holds (update, training loss in nats, label smoothing left out), ``positional`` is the positional
-    perplexity, ``error`` the text of the FloatingPointError with which fairseq stopped, if it did. Verdicts:
-
-    - non-finite: the loss or its gradient became infinite or NaN, after this update
-    - loss-scale: the fp16 loss scale shrank to its minimum, after this update
-    - collapsed: it was clearly below the positional level until this update, then rose above it and stayed
-    - plateau: it ended above that level, and has not fallen since this update
-    - slow: it ended above that level too, but was still falling: too few updates to tell
-    - trained: none of these
+    ``curve`` holds (update, training loss in nats), ``positional`` is the positional perplexity, ``error`` the text of
+    the FloatingPointError with which fairseq stopped, if it did. The verdicts are those of this module's docstring.
     """
     finite = list(itertools.takewhile(lambda point: math.isfinite(point[1]), curve))
     if error or len(finite) < len(curve):
