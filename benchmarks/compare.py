@@ -539,7 +539,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     rates = several(float, "learning rate", positive)
     option("--lr", type=rates, default="5e-4,1e-3,2e-3", help="peak learning rates (%(default)s)")
     warmups = several(int, "number of updates", whole)
-    option("--warmup", type=warmups, default="200", help="warmup updates; 0 needs -- --lr-scheduler (%(default)s)")
+    option("--warmup", type=warmups, default="200", help="warmup updates (%(default)s)")
     option("--seeds", type=several(int, "seed", whole), default="1", help="seeds (%(default)s)")
     option("--updates", type=int, required=True, help="training updates of each run")
     option("--out", type=Path, required=True, help="folder for everything written")
@@ -551,6 +551,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for word in OURS.split():
         if word.startswith("--") and given(word, extra):
             parser.error(f"{word} is set by this script and cannot follow --")
+    if 0 in args.warmup and not given("--lr-scheduler", extra):
+        parser.error("--warmup 0 needs another scheduler: -- --lr-scheduler polynomial_decay --total-num-update N")
     for name in ("updates", "jobs", "threads"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")

@@ -175,6 +175,7 @@ def test_every_method_has_a_line_of_its_own():
         (["--methods", "admin,postnl"], "'postnl' is no method; there are admin,"),
         (["--depths", "6"], "'6' is no depth such as 6-6"),
         (["--lr", "1e-3,0.0"], "'0.0' is no learning rate"),
+        (["--warmup", "0"], "--warmup 0 needs another scheduler"),
         (["--updates", "0"], "--updates must be at least 1"),
         (["--", "--lr", "1"], "--lr is set by this script and cannot follow --"),
         (["--", "--max-update=5"], "--max-update is set by this script"),
