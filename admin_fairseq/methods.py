@@ -54,8 +54,8 @@ class DeepNorm(Rule):
     attention and of both linear maps of the feed-forward network; query and key projections have gain 1. Biases start
     at 0.
 
-    Source: Wang et al. 2022, "DeepNet: Scaling Transformers to 1,000 Layers", figure 2 and section 4. (torchscale
-    divides its default weights by 1/beta instead of drawing them anew.)
+    Source: Wang et al. 2022, "DeepNet: Scaling Transformers to 1,000 Layers", figure 2 and section 4.
+    (microsoft/torchscale scales its default weights instead, the encoder's with 1.15 in the place of beta's 0.87.)
     """
 
     def set_up(self, encoder_layers: int, decoder_layers: int) -> None:

@@ -48,6 +48,6 @@ def _from_checkpoint(path: str) -> Table:
     for key, value in weights.items():
         if key.endswith("_layer_norm.omega"):
             stack, name = key[: -len("_layer_norm.omega")].split(".layers.")
-            deviation, mean = torch.std_mean(value.float())
+            deviation, mean = torch.std_mean(value.float(), unbiased=False)
             table.setdefault(stack, []).append((f"layer {name.replace('.', ' ')}", mean.item(), deviation.item()))
     return table

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "demo")]
 
+import commands  # noqa: E402
 import grammar  # noqa: E402
 
 import admin_fairseq  # noqa: E402, F401  (registers the architectures, lets torch.load read checkpoints)
 
 # the tests run side by side, one to a core; models this small gain nothing from a second thread
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["PYTHONWARNINGS"] = "ignore"
 torch.set_num_threads(1)
 
 # `make test` runs these; elsewhere fairseq itself may fail where Admin works
@@ -51,8 +54,8 @@ TRAIN = [
 class Result:
     """A finished command: exit code, everything it printed, and its training log."""
 
-    def __init__(self, finished: subprocess.CompletedProcess) -> None:
-        self.code, self.output = finished.returncode, finished.stdout
+    def __init__(self, code: int, output: str) -> None:
+        self.code, self.output = code, output
 
     def losses(self) -> dict[int, str]:
         """The training loss by update, as printed."""
@@ -64,26 +67,33 @@ class Result:
         return [line for line in self.output.splitlines() if needle in line]
 
 
-def run(command: str, *arguments: Any, cwd: Path = ROOT, **kwargs: Any) -> Result:
-    """Run one of fairseq's console commands with the plugin as user dir."""
-    program = os.path.join(os.path.dirname(sys.executable), command)
+def run(command: str, *arguments: Any, cwd: Path = ROOT, input: str | None = None) -> Result:
+    """Run one of fairseq's console commands, with the plugin as user dir, or the plugin's own."""
     plugin = ["--user-dir", str(ROOT / "admin_fairseq")]
     if command == "fairseq-hydra-train":
         plugin = [f"common.user_dir={ROOT / 'admin_fairseq'}"]
     elif command == "admin-fairseq":
         plugin = []
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore")
-    finished = subprocess.run(
-        [program, *map(str, arguments), *plugin],
-        cwd=cwd,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=600,
-        **kwargs,
-    )
-    return Result(finished)
+    argv = [*map(str, arguments), *plugin]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out")
+        if input is None and command in commands.ENTRY and not torch.cuda.is_available():  # which CUDA does not survive
+            code = commands.run_forked(command, argv, cwd, environment, out)
+        else:
+            program = os.path.join(os.path.dirname(sys.executable), command)
+            with open(out, "w") as file:
+                code = subprocess.run(
+                    [program, *argv],
+                    cwd=cwd,
+                    env=environment,
+                    input=input,
+                    text=True,
+                    stdout=file,
+                    stderr=file,
+                    timeout=600,
+                ).returncode
+        return Result(code, out.read_text(errors="replace"))
 
 
 def train(data: Path, save_dir: Path, *arguments: Any, arch: str = "transformer_admin", updates: int = 4) -> Result:

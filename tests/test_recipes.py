@@ -312,7 +312,7 @@ def test_a_step_whose_child_dies_is_not_done(finished, tmp_path):
         ("train", {"NODE_RANK": "1"}, "NODE_RANK=1: machines are numbered"),
         ("train", {"MASTER": "foo"}, "MASTER=foo: give host:port"),
         ("train", {"DEPTH": "deep"}, "DEPTH=deep: give a number of layers"),
-        ("train", {"METHOD": "magic"}, "METHOD=magic: choose admin"),
+        ("train", {"METHOD": "magic"}, "METHOD=magic: choose one of admin"),
         ("train", {"PRECISION": "fp16"}, "PRECISION=fp16 needs a GPU"),
         ("train", {"SCHEDULE": "linear"}, "SCHEDULE=linear needs UPDATES"),
         ("evaluate", {"LAST": "many"}, "LAST=many: give a whole number"),
@@ -406,7 +406,7 @@ def test_help_and_bad_arguments(recipe, name, tmp_path):
         (
             "multi30k_de_en",
             {"GPUS": "0", "METHOD": "preln"},
-            ["--arch transformer ", "--encoder-normalize-before", "--cpu"],
+            ["--arch transformer_preln ", "--cpu"],
         ),
         (
             "iwslt14_de_en",

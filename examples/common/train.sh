@@ -2,7 +2,8 @@
 # shellcheck shell=bash
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-setting METHOD admin "admin, logn (omega from the closed form), postln or preln"
+KNOWN="admin, logn, postln, preln, deepnorm, rezero, rezero_postln, looklinear, b2t, residual"
+setting METHOD admin "how layers are joined: $KNOWN"
 setting DEPTH 6 "layers: N in both stacks, E-D, 72 (60-12) or 200 (100-100)"
 setting SEED 1111 "random seed"
 setting DATA "data/$RECIPE" "the data-bin that prepare.sh made"
@@ -39,14 +40,9 @@ architecture() {
         *-*) encoder=${DEPTH%-*} decoder=${DEPTH#*-} ;;
     esac
     [[ $encoder =~ ^[1-9][0-9]*$ && $decoder =~ ^[1-9][0-9]*$ ]] || die "DEPTH=$DEPTH: give a number of layers, or E-D"
-    case $METHOD in
-        admin) COMMAND+=(--arch "transformer_admin$name") ;;
-        logn) COMMAND+=(--arch "transformer_admin$name" --admin-init logn) ;;
-        postln) COMMAND+=(--arch "transformer$name") ;;
-        preln) COMMAND+=(--arch "transformer$name" --encoder-normalize-before --decoder-normalize-before) ;;
-        *) die "METHOD=$METHOD: choose admin, logn, postln or preln" ;;
-    esac
-    COMMAND+=(--encoder-layers "$encoder" --decoder-layers "$decoder")
+    [[ " ${KNOWN//,/} " == *" $METHOD "* ]] || die "METHOD=$METHOD: choose one of $KNOWN"
+    COMMAND+=(--arch "transformer_${METHOD/logn/admin_logn}$name"
+        --encoder-layers "$encoder" --decoder-layers "$decoder")
 }
 
 # the global batch BATCH in tokens, as updates of FREQUENCY batches of TOKENS on each of the workers
