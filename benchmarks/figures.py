@@ -42,9 +42,7 @@ def panels(
             axis.plot(xs, ys, linewidth=1.5, marker="o" if ticks else None, markersize=4, **style)
             points = [(x, y) for x, y in zip(xs, ys) if math.isfinite(y)]
             if points:
-                x, y = points[-1]
-                value = "" if ticks else f" {y:.{1 if y < 100 else 0}f}"
-                ends.append((x, min(y, top), method + value, style))
+                ends.append((points[-1][0], min(points[-1][1], top), method, style))
         if ticks:
             axis.set(xscale="log", xticks=ticks)
             axis.xaxis.set_major_formatter("{x:g}")
