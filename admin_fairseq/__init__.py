@@ -4,9 +4,13 @@
 registers the architectures (:mod:`admin_fairseq.model`) and the profiling pre-pass (:mod:`admin_fairseq.hooks`).
 """
 
+import logging
+
 from admin_fairseq.errors import AdminError, install_excepthook
 
 install_excepthook()
+_placeholder = logging.NullHandler()  # with one, the modules of fairseq that set up everybody's logging do not
+logging.root.addHandler(_placeholder)
 try:
     from fairseq.models.transformer import TransformerEncoderBase  # noqa: F401  (new in fairseq 0.12)
 except (ImportError, ValueError) as error:  # on Python 3.11 and newer fairseq 0.12.2 raises a ValueError
@@ -14,6 +18,8 @@ except (ImportError, ValueError) as error:  # on Python 3.11 and newer fairseq 0
         "admin_fairseq needs fairseq 0.12 or newer, and none can be imported here"
         f" ({str(error)[:100]}): pip install fairseq-fixed==0.12.3.1, or fairseq==0.12.2 on Python 3.8 to 3.10"
     ) from error
+finally:
+    logging.root.removeHandler(_placeholder)
 
 from admin_fairseq import architectures, hooks, optim  # noqa: E402, F401  (they register themselves)
 from admin_fairseq.model import AdminLanguageModel, AdminModel, AdminTransformer, logn_omega, sub_layers  # noqa: E402

@@ -23,7 +23,6 @@ import hashlib
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import platform
@@ -47,13 +46,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-if __name__ == "__main__":
-    logging.disable(logging.INFO)  # importing fairseq turns on everybody's debug lines
 
+import admin_fairseq  # noqa: E402, I001  (before fairseq, whose modules set up everybody's logging)
 import fairseq  # noqa: E402
 from fairseq.data import Dictionary, data_utils  # noqa: E402
-
-import admin_fairseq  # noqa: E402
 from admin_fairseq.architectures import METHODS  # noqa: E402
 from admin_fairseq.errors import DATA_HINT, AdminError  # noqa: E402
 from benchmarks import divergence  # noqa: E402

@@ -1,12 +1,15 @@
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 from fairseq.data import Dictionary
 
+import admin_fairseq
 from admin_fairseq import AdminError, Profile
 from admin_fairseq.checkpoint import load
 
@@ -82,3 +85,10 @@ def test_usage():
     assert run("admin-fairseq").code == 2
     assert run("admin-fairseq", "show").code == 2
     assert run("admin-fairseq", "--version").lines("admin_fairseq ")
+
+
+def test_nothing_is_printed_but_what_was_asked_for():
+    """Some of fairseq's modules set up everybody's logging when they are imported, and then log."""
+    command = [sys.executable, "-m", "admin_fairseq", "--version"]
+    finished = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert finished.stdout == f"admin_fairseq {admin_fairseq.__version__}\n"
