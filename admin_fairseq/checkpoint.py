@@ -9,7 +9,7 @@ import os
 import pickle
 import re
 from collections import defaultdict
-from typing import Any
+from typing import Any, Iterator
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ SAFE_GLOBALS = _safe_globals()
 
 
 class _SafePickle:
-    """What torch.load needs of a ``pickle_module``; it finds nothing but SAFE_GLOBALS and torch's own list.
+    """What torch.load needs of the module ``pickle``; it finds nothing but SAFE_GLOBALS and torch's own list.
 
     For torch before 2.6, whose ``weights_only`` cannot be told of further classes.
     """
@@ -70,6 +70,16 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode(encoding)
 
 
+@contextlib.contextmanager
+def _safe_pickle() -> Iterator[None]:
+    """_SafePickle in the place of what torch.load unpickles with; torch 1.13 ignores its argument pickle_module."""
+    module, torch.serialization.pickle = torch.serialization.pickle, _SafePickle
+    try:
+        yield
+    finally:
+        torch.serialization.pickle = module
+
+
 def load(path: str) -> dict[str, Any]:
     """The checkpoint as fairseq's dictionary, on the CPU; no code that the file names is run.
 
@@ -82,7 +92,8 @@ def load(path: str) -> dict[str, Any]:
         if torch.__version__ >= "2.6":
             state = torch.load(path, map_location="cpu", weights_only=True)  # hooks.install lists SAFE_GLOBALS
         else:
-            state = torch.load(path, map_location="cpu", pickle_module=_SafePickle)
+            with _safe_pickle():
+                state = torch.load(path, map_location="cpu", weights_only=False)
         if not isinstance(state["model"], dict):
             raise TypeError("its weights are not a dictionary")
     except Exception as error:  # bytes that are no checkpoint end in any of a dozen errors

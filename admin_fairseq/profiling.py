@@ -163,18 +163,21 @@ def _parse_authors_profile(text: str, encoder_sub_layers: int | None, decoder_su
         raise ValueError("expected one omega a line, or a number and an omega")
     omegas = [row[-1] for row in rows]
     ones = [index for index, row in enumerate(rows) if row[0] == 1.0]
-    end = len(rows)
-    if len(rows[0]) == 2:
-        starts = [*ones, end]
-        expected = [number for first, last in zip(starts, starts[1:]) for number in range(1, last - first + 1)]
-        if [row[0] for row in rows] != expected:
+    is_numbered = len(rows[0]) == 2
+    split = ones[1] if len(ones) == 2 or (is_numbered and len(ones) > 2) else encoder_sub_layers
+    if is_numbered and len(ones) > 2:
+        end = ones[2]
+    else:
+        end = len(rows) if split is None or decoder_sub_layers is None else split + decoder_sub_layers
+    if not (0 < len(rows) - end <= 5 and omegas[end] != 1.0):  # the first layers once more: two lines and three
+        end = len(rows)
+    if is_numbered:
+        starts = [index for index in ones if index < end]
+        expected = [n for first, last in zip(starts, [*starts[1:], end]) for n in range(1, last - first + 1)]
+        if len(starts) > 2 or [row[0] for row in rows[:end]] != expected:
             raise ValueError("its numbers do not run from 1 for the encoder and from 1 again for the decoder")
-        end = starts[2] if len(ones) > 2 else end
-    split = ones[1] if len(ones) >= 2 and (len(ones) == 2 or len(rows[0]) == 2) else encoder_sub_layers
     if split is None:
         raise ValueError("cannot tell where the decoder begins")
-    if len(rows[0]) == 1 and decoder_sub_layers is not None and end - split - decoder_sub_layers in range(1, 6):
-        end = split + decoder_sub_layers
     return Profile(encoder=omegas[:split], decoder=omegas[split:end])
 
 
