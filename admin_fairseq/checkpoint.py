@@ -2,37 +2,108 @@
 
 from __future__ import annotations
 
+import _compat_pickle
+import argparse
 import contextlib
 import os
 import pickle
 import re
-from typing import Any
+from collections import defaultdict
+from typing import Any, Iterator
 
+import numpy as np
 import torch
+from fairseq.data import Dictionary
+from fairseq.distributed import utils as distributed_utils
+from fairseq.logging import meters
+from omegaconf import AnyNode, DictConfig, ListConfig
+from omegaconf.base import ContainerMetadata, Metadata
+from torch import _weights_only_unpickler
 
 from admin_fairseq.errors import AdminError
 
 
+def _safe_globals() -> dict[str, Any]:
+    """What fairseq's checkpoints hold besides tensors and plain data, by the name it is pickled under.
+
+    The command line as a Namespace, some tasks' dictionary and, with --eval-bleu, numpy arrays of n-gram counts;
+    before fairseq 0.9 its meters. The first worker sends it to the others with its configuration, as omegaconf's
+    containers.
+    """
+    kinds = [argparse.Namespace, Dictionary, np.ndarray, np.dtype, distributed_utils._TensorPlaceholder]
+    kinds += [type(np.dtype(kind)) for kind in (np.float64, np.int64)]
+    kinds += [DictConfig, ListConfig, AnyNode, ContainerMetadata, Metadata, defaultdict, dict, list, int]
+    named = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in kinds}
+    named["typing.Any"] = Any
+    for function in (np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]):
+        for module in ("numpy.core", "numpy._core"):  # numpy 2 moved them: a checkpoint may come from either side
+            named[f"{module}.multiarray.{function.__name__}"] = function
+    for meter in (meters.AverageMeter, meters.StopwatchMeter, meters.TimeMeter):
+        named[f"fairseq.meters.{meter.__name__}"] = meter
+    return named
+
+
+SAFE_GLOBALS = _safe_globals()
+
+
+class _SafePickle:
+    """What torch.load needs of the module ``pickle``; it finds nothing but SAFE_GLOBALS and torch's own list.
+
+    For torch before 2.6, whose ``weights_only`` cannot be told of further classes.
+    """
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            module = _compat_pickle.IMPORT_MAPPING.get(module, module)  # protocol 2 writes Python 2's names
+            safe = {"_codecs.encode": _encode, **_weights_only_unpickler._get_allowed_globals(), **SAFE_GLOBALS}
+            if f"{module}.{name}" not in safe:
+                raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {module}.{name}")
+            return safe[f"{module}.{name}"]
+
+    @classmethod
+    def load(cls, file: Any, **options: Any) -> Any:
+        return cls.Unpickler(file, **options).load()
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """How protocol 2 writes the bytes of numpy's numbers."""
+    return text.encode(encoding)
+
+
+@contextlib.contextmanager
+def _safe_pickle() -> Iterator[None]:
+    """_SafePickle in the place of what torch.load unpickles with; torch 1.13 ignores its argument pickle_module."""
+    module, torch.serialization.pickle = torch.serialization.pickle, _SafePickle
+    try:
+        yield
+    finally:
+        torch.serialization.pickle = module
+
+
 def load(path: str) -> dict[str, Any]:
-    """The checkpoint as fairseq's dictionary, on the CPU.
+    """The checkpoint as fairseq's dictionary, on the CPU; no code that the file names is run.
 
     Raises:
-        AdminError: the file is missing or not a fairseq checkpoint.
+        AdminError: the file is missing or not a fairseq checkpoint, or holds objects of other classes.
     """
     if not os.path.isfile(path):
         raise AdminError(f"no such file: {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=torch.__version__ >= "2.6")  # see hooks.install
+        if torch.__version__ >= "2.6":
+            state = torch.load(path, map_location="cpu", weights_only=True)  # hooks.install lists SAFE_GLOBALS
+        else:
+            with _safe_pickle():
+                state = torch.load(path, map_location="cpu", weights_only=False)
         if not isinstance(state["model"], dict):
             raise TypeError("its weights are not a dictionary")
-    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError, OSError) as error:
-        refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+    except Exception as error:  # bytes that are no checkpoint end in any of a dozen errors
+        refused = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
         if refused:
             raise AdminError(
-                f"{path} holds an object of {refused[1]}, which torch's safe loading does not read; if you trust the"
-                f" file, list the class with torch.serialization.add_safe_globals"
+                f"{path} holds an object of {refused[1]}, which safe loading does not read; nothing in the file was run"
             ) from error
-        raise AdminError(f"{path} is not a fairseq checkpoint ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise AdminError(f"{path} is not a fairseq checkpoint ({reason[:200]})") from error
     return state
 
 

@@ -9,6 +9,7 @@ import signal
 import admin_fairseq
 from admin_fairseq.average import average, select
 from admin_fairseq.errors import AdminError
+from admin_fairseq.legacy import import_checkpoint
 from admin_fairseq.show import show
 
 
@@ -43,6 +44,16 @@ def main(argv: list[str] | None = None) -> None:
         "--checkpoint-upper-bound", type=int, metavar="N", help="of these, leave out later epochs or updates than N"
     )
     command.set_defaults(run=_average)
+
+    command = commands.add_parser(
+        "import",
+        help="turn a checkpoint of the authors' code into one of this plugin",
+        description="Turn a checkpoint of Transformer-Clinic, deepnmt or admin-torch into one of transformer_admin"
+        " that computes the same.",
+    )
+    command.add_argument("input", metavar="IN", help="the checkpoint to read")
+    command.add_argument("output", metavar="OUT", help="the checkpoint to write")
+    command.set_defaults(run=lambda args: print(import_checkpoint(args.input, args.output)))
 
     args = parser.parse_args(argv)
     args.run(args)

@@ -7,7 +7,6 @@ and in its dtype, the process group is up, and a checkpoint, if any, has been re
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import functools
@@ -16,19 +15,16 @@ import logging
 import os
 import random
 import time
-from collections import defaultdict
 from dataclasses import asdict
 from typing import Any, Callable, Iterator
 
 import fairseq
 import numpy as np
 import torch
-from fairseq.data import Dictionary
 from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
-from omegaconf import AnyNode, DictConfig, ListConfig
-from omegaconf.base import ContainerMetadata, Metadata
 
+from admin_fairseq import checkpoint
 from admin_fairseq.errors import AdminError
 from admin_fairseq.layers import FULLY_SHARDED, RuledModel
 from admin_fairseq.model import AdminModel, sub_layers
@@ -57,22 +53,8 @@ def install() -> None:
     Trainer._build_optimizer = start_omega_then_build_optimizer
 
     if torch.__version__ >= "2.6":
-        # From here on torch.load refuses classes that are not listed. fairseq's checkpoints hold the command line as a
-        # Namespace, some tasks' dictionary and, with --eval-bleu, numpy arrays of n-gram counts; the first worker
-        # sends it to the others with its configuration as omegaconf's containers.
-        reconstruct, scalar = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
-        dtypes = {type(np.dtype(kind)) for kind in (np.float64, np.int64)}
-        config = [DictConfig, ListConfig, AnyNode, ContainerMetadata, Metadata, defaultdict, dict, list, int]
-        config += [(Any, "typing.Any"), distributed_utils._TensorPlaceholder]
-        # numpy 2 moved them: a checkpoint may come from either side
-        moved = [
-            (function, f"{module}.multiarray.{function.__name__}")
-            for module in ("numpy.core", "numpy._core")
-            for function in (reconstruct, scalar)
-        ]
-        torch.serialization.add_safe_globals(
-            [argparse.Namespace, Dictionary, np.ndarray, np.dtype, *dtypes, *moved, *config]
-        )
+        # from here on torch.load refuses classes that are not listed
+        torch.serialization.add_safe_globals([(kind, name) for name, kind in checkpoint.SAFE_GLOBALS.items()])
 
 
 def start_omega(trainer: Trainer) -> None:
@@ -94,8 +76,8 @@ def start_omega(trainer: Trainer) -> None:
 
 
 def _read(file: str, model: AdminModel) -> Profile:
-    stacks = model.stacks()
-    return read_profile(file, len(sub_layers(stacks["encoder"])) if "encoder" in stacks else 0)
+    depth = {name: len(sub_layers(stack)) for name, stack in model.stacks().items()}
+    return read_profile(file, depth.get("encoder", 0), depth["decoder"])
 
 
 def _from_first_worker(trainer: Trainer, read: Callable[[], Profile]) -> Profile:

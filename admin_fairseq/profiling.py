@@ -112,12 +112,14 @@ class Profile:
             raise AdminError(f"cannot write the profile {path}: {error.strerror}") from error
 
 
-def read_profile(path: str, encoder_sub_layers: int | None = None) -> Profile:
+def read_profile(path: str, encoder_sub_layers: int | None = None, decoder_sub_layers: int | None = None) -> Profile:
     """Read our ``admin_profile.json`` or the authors' ``profile.ratio.init``.
 
     The authors write one omega a line, encoder first, with (Transformer-Clinic) or without (deepnmt) the
     sub-layer's number before it. The decoder begins where the numbers restart, or at the second omega 1;
-    only where neither is there does ``encoder_sub_layers`` tell.
+    only where neither is there does ``encoder_sub_layers`` tell. In half precision their profiling measures the
+    two first layers once more (their omega is still 1) and writes those five lines again at the end. The authors
+    never read them, nor are they read here, where the numbers restart or ``decoder_sub_layers`` tells.
 
     Raises:
         AdminError: the file is missing or malformed, or an omega is not finite and positive.
@@ -138,7 +140,7 @@ def read_profile(path: str, encoder_sub_layers: int | None = None) -> Profile:
                     raise TypeError(f"{name} is not a list of numbers")
             profile = Profile(**{name: [float(omega) for omega in content[name]] for name in STACKS})
         else:
-            profile = _parse_authors_profile(text, encoder_sub_layers)
+            profile = _parse_authors_profile(text, encoder_sub_layers, decoder_sub_layers)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise AdminError(
             f"the profile {path} is malformed ({type(error).__name__}: {str(error)[:100]});"
@@ -155,21 +157,28 @@ def read_profile(path: str, encoder_sub_layers: int | None = None) -> Profile:
     return profile
 
 
-def _parse_authors_profile(text: str, encoder_sub_layers: int | None) -> Profile:
+def _parse_authors_profile(text: str, encoder_sub_layers: int | None, decoder_sub_layers: int | None) -> Profile:
     rows = [[float(part) for part in line.split()] for line in text.splitlines() if line.strip()]
     if not rows or {len(row) for row in rows} not in ({1}, {2}):
         raise ValueError("expected one omega a line, or a number and an omega")
     omegas = [row[-1] for row in rows]
     ones = [index for index, row in enumerate(rows) if row[0] == 1.0]
-    if len(rows[0]) == 2:
-        starts = [*ones, len(rows)]
-        expected = [number for start, end in zip(starts, starts[1:]) for number in range(1, end - start + 1)]
-        if len(ones) > 2 or [row[0] for row in rows] != expected:
+    is_numbered = len(rows[0]) == 2
+    split = ones[1] if len(ones) == 2 or (is_numbered and len(ones) > 2) else encoder_sub_layers
+    if is_numbered and len(ones) > 2:
+        end = ones[2]
+    else:
+        end = len(rows) if split is None or decoder_sub_layers is None else split + decoder_sub_layers
+    if not (0 < len(rows) - end <= 5 and omegas[end] != 1.0):  # the first layers once more: two lines and three
+        end = len(rows)
+    if is_numbered:
+        starts = [index for index in ones if index < end]
+        expected = [n for first, last in zip(starts, [*starts[1:], end]) for n in range(1, last - first + 1)]
+        if len(starts) > 2 or [row[0] for row in rows[:end]] != expected:
             raise ValueError("its numbers do not run from 1 for the encoder and from 1 again for the decoder")
-    split = ones[1] if len(ones) == 2 else encoder_sub_layers
     if split is None:
         raise ValueError("cannot tell where the decoder begins")
-    return Profile(encoder=omegas[:split], decoder=omegas[split:])
+    return Profile(encoder=omegas[:split], decoder=omegas[split:end])
 
 
 class _Turns:

@@ -226,6 +226,23 @@ def test_authors_profile(tmp_path, numbered):
     assert (read.encoder, read.decoder) == stacks
 
 
+@pytest.mark.parametrize("numbered", [True, False], ids=["Transformer-Clinic", "deepnmt"])
+def test_what_the_authors_measure_again_is_not_read(tmp_path, numbered):
+    """Their half-precision profiling appends the first layers' new values, which a model of that depth never reads."""
+    stacks = [1.0, 1.31, 1.45, 1.51], [1.0, 1.34, 1.48, 1.61, 1.69, 1.82]
+    path = tmp_path / "profile.ratio.init"
+    rows = [
+        f"{number} {omega}" if numbered else f"{omega}"
+        for part in (*stacks, (1.64, 1.9), (2.1, 2.2, 2.3))
+        for number, omega in enumerate(part, 1)
+    ]
+    path.write_text("\n".join(rows) + "\n")
+    read = read_profile(str(path), encoder_sub_layers=4, decoder_sub_layers=6)
+    assert (read.encoder, read.decoder) == stacks
+    if not numbered:  # a deeper model's profile is not cut to size
+        assert len(read_profile(str(path), encoder_sub_layers=4, decoder_sub_layers=3).decoder) == 11
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
