@@ -8,7 +8,7 @@ import contextlib
 import os
 import pickle
 import re
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from typing import Any, Iterator
 
 import numpy as np
@@ -18,7 +18,6 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import meters
 from omegaconf import AnyNode, DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
-from torch import _weights_only_unpickler
 
 from admin_fairseq.errors import AdminError
 
@@ -47,7 +46,7 @@ SAFE_GLOBALS = _safe_globals()
 
 
 class _SafePickle:
-    """What torch.load needs of the module ``pickle``; it finds nothing but SAFE_GLOBALS and torch's own list.
+    """What torch.load needs of the module ``pickle``; it finds nothing but SAFE_GLOBALS and what makes up tensors.
 
     For torch before 2.6, whose ``weights_only`` cannot be told of further classes.
     """
@@ -55,10 +54,15 @@ class _SafePickle:
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
             module = _compat_pickle.IMPORT_MAPPING.get(module, module)  # protocol 2 writes Python 2's names
-            safe = {"_codecs.encode": _encode, **_weights_only_unpickler._get_allowed_globals(), **SAFE_GLOBALS}
-            if f"{module}.{name}" not in safe:
-                raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {module}.{name}")
-            return safe[f"{module}.{name}"]
+            safe = {**SAFE_GLOBALS, "_codecs.encode": _encode, "collections.OrderedDict": OrderedDict}
+            if f"{module}.{name}" in safe:
+                return safe[f"{module}.{name}"]
+            is_storage = module == "torch" and re.fullmatch(r"\w+Storage", name)
+            is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+            is_tensor = module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter")
+            if is_storage or is_dtype or is_tensor:
+                return super().find_class(module, name)
+            raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {module}.{name}")
 
     @classmethod
     def load(cls, file: Any, **options: Any) -> Any:

@@ -25,8 +25,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 
 from admin_fairseq import checkpoint
+from admin_fairseq.config import flat
 from admin_fairseq.errors import AdminError
-from admin_fairseq.model import AdminTransformer, _flat
+from admin_fairseq.model import AdminTransformer
 
 ADMIN, POST_LN = ("adaptive", "adaptive-profiling"), ("default", "looklinear")  # their --init-type
 OMEGAS = {
@@ -123,7 +124,7 @@ def _options(state: dict[str, Any]) -> dict[str, Any]:
 def _flat_options(section: Any) -> dict[str, Any]:
     if isinstance(section, (dict, DictConfig)):
         section = OmegaConf.create(section)
-    return dict(vars(_flat(section))) if isinstance(section, (Namespace, DictConfig)) else {}
+    return dict(vars(flat(section))) if isinstance(section, (Namespace, DictConfig)) else {}
 
 
 def _check(options: dict[str, Any]) -> list[str]:
