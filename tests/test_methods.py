@@ -209,7 +209,7 @@ def test_checkpointed_activations_give_the_same_gradients(method, build, batch):
         results.append((loss, {name: p.grad for name, p in model.named_parameters()}))
     assert results[0][0] == results[1][0]
     for name, gradient in results[0][1].items():
-        torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", RULES)
