@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
+from typing import Iterator
 
 import admin_fairseq
+from admin_fairseq import checkpoint
 from admin_fairseq.average import average, select
+from admin_fairseq.deepen import deepen
 from admin_fairseq.errors import AdminError
+from admin_fairseq.fold import fold, unfold
 from admin_fairseq.legacy import import_checkpoint
 from admin_fairseq.show import show
+from admin_fairseq.verify import verify
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,8 +61,103 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("output", metavar="OUT", help="the checkpoint to write")
     command.set_defaults(run=lambda args: print(import_checkpoint(args.input, args.output)))
 
+    command = commands.add_parser(
+        "fold",
+        help="turn an Admin checkpoint into one of the stock Transformer",
+        description="Write a checkpoint of the stock transformer or transformer_lm that computes the same: omega moves"
+        " into the weights around it. It needs no plugin.",
+    )
+    _add_files(command)
+    command.add_argument(
+        "--untie",
+        action="store_true",
+        help="where the first omega of a stack is not 1: give that stack its own embeddings and learned positions",
+    )
+    command.add_argument(
+        "--verify", metavar="DATA", help="first compare both models on the test split of this data-bin, or valid"
+    )
+    command.add_argument(
+        "--sentences", type=int, default=200, metavar="N", help="compare on the first N sentences (default: 200)"
+    )
+    command.set_defaults(run=_fold)
+
+    command = commands.add_parser(
+        "unfold",
+        help="turn a stock Post-LN checkpoint into an Admin one with omega 1",
+        description="Write a checkpoint of transformer_admin or transformer_lm_admin with omega 1, which computes what"
+        " the stock Post-LN model computes and continues to train with Admin.",
+    )
+    _add_files(command)
+    command.set_defaults(run=_unfold)
+
+    command = commands.add_parser(
+        "deepen",
+        help="insert layers into a trained Admin model",
+        description="Write a checkpoint of a deeper model with nearly the outputs of IN.pt: copies of its layers in"
+        " between, with omega measured on the first training sentences. Train it by --finetune-from-model.",
+    )
+    command.add_argument("input", metavar="IN.pt", help="the checkpoint to read")
+    command.add_argument("output", metavar="OUT.pt", help="the checkpoint to write")
+    command.add_argument("data", metavar="DATA", help="the data-bin to measure on")
+    command.add_argument("--encoder-layers", type=int, metavar="N", help="new depth (default: as it is)")
+    command.add_argument("--decoder-layers", type=int, metavar="N", help="new depth (default: as it is)")
+    command.add_argument(
+        "--change",
+        type=float,
+        default=0.1,
+        metavar="C",
+        help="how much of a stack's output the new layers may change, as a share of its variance (default: 0.1)",
+    )
+    command.set_defaults(run=_deepen)
+
     args = parser.parse_args(argv)
     args.run(args)
+
+
+def _add_files(command: argparse.ArgumentParser) -> None:
+    command.add_argument("input", metavar="IN.pt", help="the checkpoint to read")
+    command.add_argument("output", metavar="OUT.pt", help="the checkpoint to write")
+    command.add_argument(
+        "--keep-optimizer", action="store_true", help="keep the state of --optimizer adam (default: leave it out)"
+    )
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Errors of functions that do not know the file's name get it."""
+    try:
+        yield
+    except AdminError as error:
+        raise AdminError(f"{path}: {error}") from error
+
+
+def _fold(args: argparse.Namespace) -> None:
+    state = checkpoint.load(args.input)
+    with _named(args.input):
+        folded = fold(state, args.untie, args.keep_optimizer)
+    if args.verify is not None:
+        verify(state, folded, args.verify, args.sentences, args.untie)
+    checkpoint.save(folded, args.output)
+    print(f"{args.output}: {args.input} as a stock {folded['args'].arch}")
+
+
+def _unfold(args: argparse.Namespace) -> None:
+    state = checkpoint.load(args.input)
+    with _named(args.input):
+        unfolded = unfold(state, args.keep_optimizer)
+    checkpoint.save(unfolded, args.output)
+    print(f"{args.output}: {args.input} as a {unfolded['args'].arch} with omega 1")
+
+
+def _deepen(args: argparse.Namespace) -> None:
+    state = checkpoint.load(args.input)
+    layers = {"encoder": args.encoder_layers, "decoder": args.decoder_layers}
+    with _named(args.input):
+        deeper, changes = deepen(state, args.data, layers, args.change)
+    checkpoint.save(deeper, args.output)
+    depths = [f"{stack} {change.old} to {change.new} layers" for stack, change in changes.items()]
+    shares = [f"{stack} {change.share:.3f}" for stack, change in changes.items()]
+    print(f"{args.output}: {', '.join(depths)}; change of the outputs' variance: {', '.join(shares)}")
 
 
 def _average(args: argparse.Namespace) -> None:

@@ -1,0 +1,107 @@
+"""Two checkpoints' models side by side on real sentences: the largest difference of logits, and their translations."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any, Iterator
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fairseq import tasks, utils
+from fairseq.dataclass.configs import GenerationConfig
+from torch import nn
+
+from admin_fairseq.errors import AdminError
+from admin_fairseq.fold import State, Weights, fold, settings
+
+# float64 shows that the two are the same function, float32 how well the file's rounded weights compute it
+LARGEST_ABSOLUTE = 1e-9
+# half-precision weights are rounded once more, each by up to half an eps, and logits sum over many of them
+LARGEST_RELATIVE = {torch.float32: 1e-4, torch.float16: 64 * 2**-10, torch.bfloat16: 64 * 2**-7}
+
+
+def verify(state: State, folded: State, data: str, sentences: int = 200, untie: bool = False) -> None:
+    """Compare an Admin checkpoint with its fold on the first sentences of DATA's test split, or valid without one.
+
+    Prints the largest absolute and relative difference of logits, in float64 (of the fold computed in float64) and in
+    float32 (of the file's weights), and how many translations by beam search (beam 5, float32) are the same. Relative
+    is to the largest logit of the batch. Language models have no translations.
+
+    Raises:
+        AdminError: a difference is larger than rounding explains, a translation differs, or there is no sentence.
+    """
+    task, dataset = _load(settings(state), data)
+    exact = fold({**state, "model": _to(state["model"], torch.float64)}, untie)
+    weights = next(weight for weight in folded["model"].values() if weight.is_floating_point())
+    failures = []
+    for dtype, other in ((torch.float64, exact), (torch.float32, folded)):
+        pair = [_build(part, task, dtype) for part in (state, other)]
+        batches = _batches(
+            dataset, utils.resolve_max_positions(task.max_positions(), pair[0].max_positions()), sentences
+        )
+        # fairseq takes the softmax of attention in float32, whatever the model's dtype
+        softmax = _softmax if dtype == torch.float64 else utils.softmax
+        absolute = relative = 0.0
+        with mock.patch.object(utils, "softmax", softmax), torch.no_grad():
+            for batch in batches:
+                one, two = (model(**batch["net_input"])[0] for model in pair)
+                difference = (one - two).abs().max().item()
+                absolute, relative = max(absolute, difference), max(relative, difference / one.abs().max().item())
+        print(f"{str(dtype)[6:]}: largest difference of logits {absolute:.1e} absolute, {relative:.1e} relative")
+        limit = LARGEST_ABSOLUTE if dtype == torch.float64 else LARGEST_RELATIVE[weights.dtype]
+        found = absolute if dtype == torch.float64 else relative
+        if not found <= limit:
+            failures.append(f"logits differ by {found:.1e} in {str(dtype)[6:]}, more than {limit:.1e}")
+    if hasattr(pair[0], "encoder"):
+        one, two = (_translations(model, task, batches) for model in pair)
+        same = sum(a == b for a, b in zip(one, two))
+        print(f"beam search: {same} of {len(one)} translations are the same")
+        if same < len(one):
+            failures.append(f"{len(one) - same} of {len(one)} translations differ")
+    if failures:
+        raise AdminError("the fold does not compute the same: " + "; ".join(failures))
+
+
+def _load(args: Namespace, data: str) -> tuple[Any, Any]:
+    """The task on this data, and its test split, or valid."""
+    args.data = data
+    task = tasks.setup_task(args)
+    try:
+        task.load_dataset("test")
+        return task, task.dataset("test")
+    except FileNotFoundError:
+        task.load_dataset("valid")
+        return task, task.dataset("valid")
+
+
+def _batches(dataset: Any, limit: Any, sentences: int) -> list[dict[str, Any]]:
+    """The first sentences of those that are no longer than the model's positions."""
+    chosen, _ = dataset.filter_indices_by_size(np.arange(len(dataset)), limit)
+    chosen = chosen[: max(sentences, 0)]
+    if not len(chosen):
+        raise AdminError("there is no sentence to compare")
+    return [dataset.collater([dataset[i] for i in chosen[at : at + 20]]) for at in range(0, len(chosen), 20)]
+
+
+def _build(state: State, task: Any, dtype: torch.dtype) -> nn.Module:
+    model = task.build_model(settings(state)).to(dtype)
+    model.load_state_dict(_to(state["model"], dtype))
+    for module in model.modules():
+        module.can_use_fastpath = False  # fairseq 0.12.2's own encoder fails there with torch 1.13 and newer
+    return model.eval()
+
+
+def _to(weights: Weights, dtype: torch.dtype) -> Weights:
+    return {name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in weights.items()}
+
+
+def _softmax(x: torch.Tensor, dim: int, onnx_trace: bool = False) -> torch.Tensor:
+    return F.softmax(x, dim=dim)
+
+
+def _translations(model: nn.Module, task: Any, batches: list[dict[str, Any]]) -> list[list[int]]:
+    generator = task.build_generator([model], GenerationConfig(beam=5))
+    found: Iterator[Any] = (best for batch in batches for best in task.inference_step(generator, [model], batch))
+    return [best[0]["tokens"].tolist() for best in found]
