@@ -97,7 +97,7 @@ def fold(state: State, untie: bool = False, keep_optimizer: bool = False) -> Sta
             args.share_decoder_input_output_embed = _is_output_tied(args) and stack == "encoder"
             args.share_all_embeddings = False
     args.arch = STOCK[_model_name(args)]
-    if args.optimizer in ("radam", "novograd"):  # this plugin's
+    if getattr(args, "optimizer", None) in ("radam", "novograd"):  # this plugin's
         args.optimizer = "adam"
     for name in [name for name in vars(args) if name.startswith("admin_")]:
         delattr(args, name)
@@ -154,9 +154,8 @@ def settings(state: State) -> Namespace:
         raise AdminError("it holds no settings")
     flat: dict[str, Any] = {}
     names = {}
-    # the task's section last: it knows the languages that were found in the data
-    for section in sorted(cfg, key=lambda section: (section == "task", section == "model")):
-        values = vars(cfg[section]) if isinstance(cfg[section], Namespace) else cfg[section]
+    for section, values in cfg.items():
+        values = vars(values) if isinstance(values, Namespace) else values
         if isinstance(values, dict):
             # of hydra's nested form the model's section also has the flat one
             flat.update((name, value) for name, value in values.items() if not isinstance(value, dict))
@@ -262,7 +261,8 @@ def _finished(state: State, args: Namespace, optimizer: State | None) -> State:
     """With these settings, in a form that torch's safe loading reads without an entry in its list of classes.
 
     A stock fairseq on torch >= 2.6 lists none and cannot load the Namespace that it saves. It asks for attributes only,
-    and so does CTranslate2's converter; of all classes that are safe to load, OrderedDict has them.
+    and so does CTranslate2's converter but for language models; of the classes that are safe to load, OrderedDict has
+    them.
     """
     args.user_dir = None
     values = OrderedDict(vars(args))
@@ -283,7 +283,7 @@ def _moved_optimizer(state: State, args: Namespace, before: Weights, after: Weig
         raise AdminError("--keep-optimizer: there is no optimizer state")
     groups = optimizer.get("param_groups", ())
     old, new = _parameters(before, args), _parameters(after, args)
-    if args.optimizer != "adam" or len(groups) != 1 or len(groups[0]["params"]) != len(old):
+    if getattr(args, "optimizer", None) != "adam" or len(groups) != 1 or len(groups[0]["params"]) != len(old):
         raise AdminError("--keep-optimizer: the state is not that of --optimizer adam with one entry a parameter")
     numbers = dict(zip(old, groups[0]["params"]))
     moved = {}

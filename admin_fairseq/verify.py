@@ -30,14 +30,17 @@ def verify(state: State, folded: State, data: str, sentences: int = 200, untie: 
     is to the largest logit of the batch. Language models have no translations.
 
     Raises:
-        AdminError: a difference is larger than rounding explains, or a translation differs.
+        AdminError: a difference is larger than rounding explains, a translation differs, or there is no sentence.
     """
-    task, batches = _load(settings(state), data, sentences)
+    task, dataset = _load(settings(state), data)
     exact = fold({**state, "model": _to(state["model"], torch.float64)}, untie)
     weights = next(weight for weight in folded["model"].values() if weight.is_floating_point())
     failures = []
     for dtype, other in ((torch.float64, exact), (torch.float32, folded)):
         pair = [_build(part, task, dtype) for part in (state, other)]
+        batches = _batches(
+            dataset, utils.resolve_max_positions(task.max_positions(), pair[0].max_positions()), sentences
+        )
         # fairseq takes the softmax of attention in float32, whatever the model's dtype
         softmax = _softmax if dtype == torch.float64 else utils.softmax
         absolute = relative = 0.0
@@ -61,25 +64,25 @@ def verify(state: State, folded: State, data: str, sentences: int = 200, untie: 
         raise AdminError("the fold does not compute the same: " + "; ".join(failures))
 
 
-def _load(args: Namespace, data: str, sentences: int) -> Any:
-    """The task, and its first sentences in batches of 20."""
+def _load(args: Namespace, data: str) -> tuple[Any, Any]:
+    """The task on this data, and its test split, or valid."""
     args.data = data
     task = tasks.setup_task(args)
-    for split in ("test", "valid"):
-        try:
-            task.load_dataset(split)
-            break
-        except FileNotFoundError:
-            if split == "valid":
-                raise
-    dataset = task.dataset(split)
-    chosen = np.arange(min(sentences, len(dataset)))
-    limit = utils.resolve_max_positions(
-        task.max_positions(), getattr(args, "max_source_positions", None), getattr(args, "max_target_positions", None)
-    )
-    chosen, _ = dataset.filter_indices_by_size(chosen, limit)
-    batches = [dataset.collater([dataset[i] for i in chosen[at : at + 20]]) for at in range(0, len(chosen), 20)]
-    return task, batches
+    try:
+        task.load_dataset("test")
+        return task, task.dataset("test")
+    except FileNotFoundError:
+        task.load_dataset("valid")
+        return task, task.dataset("valid")
+
+
+def _batches(dataset: Any, limit: Any, sentences: int) -> list[dict[str, Any]]:
+    """The first sentences of those that are no longer than the model's positions."""
+    chosen, _ = dataset.filter_indices_by_size(np.arange(len(dataset)), limit)
+    chosen = chosen[: max(sentences, 0)]
+    if not len(chosen):
+        raise AdminError("there is no sentence to compare")
+    return [dataset.collater([dataset[i] for i in chosen[at : at + 20]]) for at in range(0, len(chosen), 20)]
 
 
 def _build(state: State, task: Any, dtype: torch.dtype) -> nn.Module:

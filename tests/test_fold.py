@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import os
 import pickletools
 import subprocess
@@ -164,7 +166,7 @@ def test_language_model(text, double_softmax, options):  # noqa: F811
     randomise(admin, first=has_norm or "--adaptive-input" not in options).double()
     cfg = OmegaConf.create({"task": task.cfg, "model": {"_name": "transformer_lm_admin"}})
     state = state_of(admin, cfg)
-    state["cfg"]["model"] = vars(admin.decoder.args) | {"_name": "transformer_lm_admin"}
+    state["cfg"]["model"] = {**vars(admin.decoder.args), "_name": "transformer_lm_admin"}
     folded = fold(state, untie=not has_norm)
     tokens = torch.randint(4, len(task.source_dictionary), (3, 9))
     sample = {"net_input": {"src_tokens": tokens}}
@@ -313,6 +315,8 @@ def test_verify_finds_a_difference(build, data, capsys):
     folded = fold(state)
     verify(state, folded, str(data), sentences=10)
     assert "10 of 10 translations are the same" in capsys.readouterr().out
+    with pytest.raises(AdminError, match="no sentence"):
+        verify(state, folded, str(data), sentences=0)
     output = folded["model"]["decoder.output_projection.weight"]
     folded["model"]["decoder.output_projection.weight"] = output.flip(0)
     with pytest.raises(AdminError, match=r"logits differ by .* in float32, .*; \d+ of 10 translations differ"):
@@ -328,10 +332,10 @@ def trained(data, tmp_path_factory):
     assert result.code == 0, result.output
     before = (folder / "checkpoint_last.pt").read_bytes()
     arguments = [folder / "checkpoint_last.pt", folder / "folded.pt", "--keep-optimizer", "--verify", data]
-    result = run("admin-fairseq", "fold", *arguments)
-    assert result.code == 0, result.output
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main(["fold", *map(str, arguments)])
     assert (folder / "checkpoint_last.pt").read_bytes() == before
-    assert "30 of 30 translations are the same" in result.output
+    assert "30 of 30 translations are the same" in printed.getvalue()
     return folder
 
 
@@ -388,13 +392,12 @@ def test_resumes_without_the_plugin(trained, data, tmp_path):
         *("fairseq-train", data, "--arch", "transformer", *TINY, *TRAIN, *SHARED, "--max-update", "9"),
         *("--restore-file", trained / "folded.pt", "--save-dir", tmp_path),
     )
-    assert "folded.pt (epoch 1 @ 8 updates)" in output
+    assert "folded.pt (epoch 2 @ 8 updates)" in output
     assert checkpoint(tmp_path / "checkpoint_last.pt")["last_optimizer_state"]["state"][0]["step"] == 9
 
 
 def test_unfolded_resumes(trained, data, tmp_path):
-    result = run("admin-fairseq", "unfold", trained / "folded.pt", tmp_path / "in.pt", "--keep-optimizer")
-    assert result.code == 0, result.output
+    main(["unfold", str(trained / "folded.pt"), str(tmp_path / "in.pt"), "--keep-optimizer"])
     resumed = train(data, tmp_path, *SHARED, "--restore-file", tmp_path / "in.pt", updates=9)
     assert resumed.code == 0, resumed.output
     assert resumed.lines("omega from the checkpoint; encoder omega 1.000 to 1.000")
