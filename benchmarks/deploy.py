@@ -12,7 +12,6 @@ several rounds the fastest counts. Prints a table, and what it was measured with
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -28,7 +27,7 @@ import ctranslate2
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples" / name) for name in ("common", "deploy")]
 
-from convert import CHECKPOINTS, convert  # noqa: E402
+from convert import checkpoint_of, convert, read_json  # noqa: E402
 from sacremoses import MosesDetokenizer  # noqa: E402
 from score import hypotheses, score  # noqa: E402
 
@@ -39,10 +38,9 @@ def read(path: Path) -> list[str]:
 
 def by_fairseq(run: Path, data: Path, count: int, search: dict, tokens: int, threads: int) -> tuple[list[str], float]:
     """The test set's translations, in tokens, and seconds."""
-    checkpoint = next(run / name for name in CHECKPOINTS if (run / name).is_file())
     command = [
         *(Path(sys.executable).with_name("fairseq-generate"), data, "--user-dir", ROOT / "admin_fairseq", "--cpu"),
-        *("--path", checkpoint, "--beam", search["beam_size"], "--lenpen", search["length_penalty"]),
+        *("--path", checkpoint_of(run), "--beam", search["beam_size"], "--lenpen", search["length_penalty"]),
         *("--max-tokens", tokens, "--required-batch-size-multiple", 1, "--post-process", "subword_nmt"),
     ]
     environment = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore")
@@ -74,12 +72,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8000, metavar="N", help="of a batch (default: 8000)")
     args = parser.parse_args()
 
-    data = args.data or Path(json.loads((args.run / "settings.json").read_text("utf-8"))["DATA"])
+    data = args.data or Path(read_json(args.run / "settings.json")["DATA"])
     with tempfile.TemporaryDirectory() as temporary:
         folders = {"float32": Path(temporary, "float32"), "int8": Path(temporary, "int8")}
         convert(args.run, folders["float32"], data)
         convert(args.run, folders["int8"], data, "int8")
-        text = json.loads((folders["int8"] / "text.json").read_text("utf-8"))
+        text = read_json(folders["int8"] / "text.json")
         source = read(data / "text" / f"bpe.test.{text['source']}")
         references = [read(data / "text" / f"{kind}.test.{text['target']}") for kind in ("tok", "raw")]
         found, seconds = {}, {}

@@ -289,11 +289,15 @@ def calls(monkeypatch):
     return calls
 
 
+def make_demo(folder: Path) -> None:
+    for path in ("runs/admin/checkpoint_last.pt", "data/bin/test.de-en.de.idx", "data/codes"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).touch()
+
+
 def test_folder_of_make_demo(calls, tmp_path):
     demo, out = tmp_path / "demo", tmp_path / "out"
-    for path in ("runs/admin/checkpoint_last.pt", "data/bin/test.de-en.de.idx", "data/codes"):
-        (demo / path).parent.mkdir(parents=True, exist_ok=True)
-        (demo / path).touch()
+    make_demo(demo)
     convert.convert(demo, out, quantization="int8")
     assert calls[0][-2] == str(demo / "runs/admin/checkpoint_last.pt")
     assert calls[1][-2:] == ["--quantization", "int8"]
@@ -304,12 +308,21 @@ def test_folder_of_make_demo(calls, tmp_path):
         "search": {"beam_size": 5, "length_penalty": 1.0},
     }
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["demo", "out"]
-    convert.convert(demo, out)
-    assert len(calls) == 2  # it is newer than the checkpoint
-    later = time.time() + 10
-    os.utime(demo / "runs/admin/checkpoint_last.pt", (later, later))
-    convert.convert(demo, out)
-    assert len(calls) == 4
+
+
+def test_converts_again_what_is_older_than_the_checkpoint(calls, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(serve, "Translator", started.append)
+    monkeypatch.setattr(serve, "application", lambda translator: None)
+    monkeypatch.setattr(serve.uvicorn, "run", lambda app, **settings: None)
+    monkeypatch.setattr(sys, "argv", ["serve.py", str(tmp_path)])
+    make_demo(tmp_path)
+    for age, times in ((0, 1), (0, 1), (10, 2)):
+        checkpoint = tmp_path / "runs/admin/checkpoint_last.pt"
+        os.utime(checkpoint, (time.time() + age - 5,) * 2)
+        serve.main()
+        assert len(calls) == 2 * times
+    assert started == [tmp_path / "deploy"] * 3
 
 
 def test_what_cannot_be_converted(folder, tmp_path):
@@ -319,13 +332,10 @@ def test_what_cannot_be_converted(folder, tmp_path):
         assert finished.returncode == 1
         return finished.stdout.splitlines()
 
-    assert message(tmp_path, tmp_path / "out") == [
-        f"error: {tmp_path} is neither the RUN of a recipe's train.sh nor the folder of make demo"
-    ]
+    assert message(tmp_path, tmp_path / "out")[0].startswith(f"error: {tmp_path} holds no checkpoint")
     shutil.copy(folder / "run/settings.json", tmp_path)
-    assert message(tmp_path, tmp_path / "out") == [f"error: {tmp_path} holds no checkpoint"]
-    assert "does not say how the text was treated" in message(tmp_path, tmp_path / "out", "--data", tmp_path)[0]
     (tmp_path / "checkpoint_last.pt").write_bytes(b"no checkpoint")
+    assert "does not say how the text was treated" in message(tmp_path, tmp_path / "out", "--data", tmp_path)[0]
     printed = message(tmp_path, tmp_path / "out")
     assert "admin_fairseq fold" in printed[-1]
     assert "checkpoint_last.pt" in printed[-2]

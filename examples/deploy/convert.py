@@ -16,33 +16,40 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-CHECKPOINTS = ("test/average.pt", "checkpoint_best.pt", "checkpoint_last.pt")  # the first that is there
+DEMO = Path("runs", "admin")  # in the folder of make demo
 ENVIRONMENT = dict(os.environ, PYTHONPATH=str(Path(__file__).resolve().parents[2]), PYTHONWARNINGS="ignore")
 
 
+def checkpoint_of(run: Path) -> Path:
+    """The average that evaluate.sh wrote, else the best checkpoint, else the last."""
+    folder = run / DEMO if (run / DEMO).is_dir() else run
+    for name in ("test/average.pt", "checkpoint_best.pt", "checkpoint_last.pt"):
+        if (folder / name).is_file():
+            return folder / name
+    sys.exit(f"error: {run} holds no checkpoint; give the RUN of a recipe's train.sh, or the folder of make demo")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text("utf-8"))
+
+
 def convert(run: Path, out: Path, data: Path | None = None, quantization: str | None = None) -> None:
-    """Make ``out``, unless it is newer than the checkpoint; ``data``: where the data-bin was moved to."""
-    read = lambda path: json.loads(path.read_text("utf-8"))  # noqa: E731
+    """Make ``out``, or make it anew; ``data``: where prepare.sh's folder was moved to."""
+    checkpoint = checkpoint_of(run)
     search = {"BEAM": "5", "LENPEN": "1"}
-    if (run / "runs" / "admin").is_dir():  # make demo
-        codes, tokenize, data, run = run / "data/codes", ["--lowercase"], run / "data/bin", run / "runs/admin"
-    elif (run / "settings.json").is_file():
-        data = data or Path(read(run / "settings.json")["DATA"])
+    if (run / DEMO).is_dir():
+        data, codes, tokenize = run / "data/bin", run / "data/codes", ["--lowercase"]
+    else:
+        data = data or Path(read_json(run / "settings.json")["DATA"])
         codes, step = data / "text/codes", data / ".done/tokenize-test"
         command = step.read_text("utf-8").split() if step.is_file() else []
         if command[:2] != ["tokenize", "test"]:
             sys.exit(f"error: {step} does not say how the text was treated; give what prepare.sh made by --data")
         tokenize = command[2:]
-        if (run / CHECKPOINTS[0]).is_file():
-            search = read(run / "test/settings.json")
-    else:
-        sys.exit(f"error: {run} is neither the RUN of a recipe's train.sh nor the folder of make demo")
-    checkpoint = next((run / name for name in CHECKPOINTS if (run / name).is_file()), None)
-    if checkpoint is None:
-        sys.exit(f"error: {run} holds no checkpoint")
-    if (out / "text.json").is_file() and (out / "text.json").stat().st_mtime > checkpoint.stat().st_mtime:
-        return
+        if checkpoint.parent.name == "test":
+            search = read_json(run / "test/settings.json")
     source, target = next(data.glob("test.*-*.*.idx")).name.split(".")[1].split("-")
     text = {
         "source": source,
@@ -56,7 +63,7 @@ def convert(run: Path, out: Path, data: Path | None = None, quantization: str | 
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     folded, model = partial / "folded.pt", partial / "model"
-    call(sys.executable, "-m", "admin_fairseq", "fold", checkpoint.resolve(), folded.resolve())
+    call(sys.executable, "-m", "admin_fairseq", "fold", checkpoint, folded)
     options = ("--quantization", quantization) if quantization else ()
     converter = Path(sys.executable).with_name("ct2-fairseq-converter")
     call(converter, "--model_path", folded, "--data_dir", data, "--output_dir", model, *options)

@@ -20,7 +20,7 @@ from typing import AsyncIterator
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "common")]
 
-from convert import add_options, convert  # noqa: E402
+from convert import add_options, checkpoint_of, convert  # noqa: E402
 from corpus import make_bpe, make_tokenizer  # noqa: E402
 
 try:
@@ -195,8 +195,10 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.run
     if not (folder / "text.json").is_file():
-        folder = args.run / ("deploy" if args.quantization is None else f"deploy-{args.quantization}")
-        convert(args.run, folder, args.data, args.quantization)
+        folder /= "deploy" if args.quantization is None else f"deploy-{args.quantization}"
+        made, checkpoint = folder / "text.json", checkpoint_of(args.run)
+        if not made.is_file() or made.stat().st_mtime < checkpoint.stat().st_mtime:
+            convert(args.run, folder, args.data, args.quantization)
     app = application(Translator(folder))
     limits = {"limit_concurrency": MAX_CONNECTIONS, "timeout_graceful_shutdown": 30}
     uvicorn.run(app, host="127.0.0.1", port=args.port, access_log=False, **limits)
