@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from conftest import checkpoint, needs_stock_translation, run, train
 from fairseq import models, utils
+from fairseq.models.transformer import TransformerConfig
 from omegaconf import OmegaConf
 from test_language_model import build as build_lm
 from test_language_model import text  # noqa: F401  (a fixture)
@@ -27,6 +28,7 @@ from admin_fairseq.checkpoint import load
 from admin_fairseq.cli import main
 from admin_fairseq.errors import explain
 from admin_fairseq.fold import fold, settings, unfold
+from admin_fairseq.model import FAST_PATH_COPIES
 from admin_fairseq.verify import verify
 
 NO_DROPOUT = ["--dropout", "0"]
@@ -100,6 +102,8 @@ VARIANTS = [
 
 @pytest.mark.parametrize("options", VARIANTS, ids=" ".join)
 def test_computes_the_same(build, batch, double_softmax, options):
+    if "--merge-src-tgt-embed" in options and "merge_src_tgt_embed" not in TransformerConfig.__dataclass_fields__:
+        pytest.skip("not in this fairseq")
     admin, task, cfg = build("transformer_admin", *options)
     state = state_of(randomise(admin).double(), cfg)
     before = copy.deepcopy(state["model"])
@@ -262,7 +266,9 @@ def test_round_trip(build, batch, options):
     assert all(torch.all(norm.omega == 1) for stack in admin.stacks().values() for norm in sub_layers(stack).values())
     again = fold(unfolded)
     names = [name for name in state["model"] if name in again["model"]]
-    assert all(torch.equal(state["model"][name], again["model"][name]) for name in names)
+    equal = {name: torch.equal(state["model"][name], again["model"][name]) for name in names}
+    # fairseq 0.12.2 does not initialise it
+    assert not [name for name, same in equal.items() if not same and not name.endswith("_float_tensor")]
     assert names == list(again["model"])
     assert fold(unfold(again))["args"] == again["args"]
 
@@ -286,11 +292,14 @@ def test_optimizer_state(build, batch, double_softmax, options):
     folded = fold(state, keep_optimizer=True)
     stock = stock_model(folded, task).train()
     expected, found = adam_state(stock, batch()), folded["last_optimizer_state"]
-    names = [name for name, _ in stock.named_parameters() if name.split(".")[-1] not in ("in_proj_weight",)]
+    numbers = {name: number for number, (name, _) in enumerate(stock.named_parameters())}
+    names = [name for name in numbers if name.split(".")[-1] not in FAST_PATH_COPIES]
     assert len(names) == len(found["param_groups"][0]["params"]) == len(found["state"])
     for number, entry in found["state"].items():
         for moment in ("exp_avg", "exp_avg_sq"):
-            torch.testing.assert_close(entry[moment], expected["state"][number][moment], rtol=1e-6, atol=1e-12)
+            torch.testing.assert_close(
+                entry[moment], expected["state"][numbers[names[number]]][moment], rtol=1e-6, atol=1e-12
+            )
     unfolded = unfold(folded, keep_optimizer=True)["last_optimizer_state"]
     assert len(unfolded["param_groups"][0]["params"]) == len(state["last_optimizer_state"]["param_groups"][0]["params"])
     assert fold(unfold(folded, keep_optimizer=True), keep_optimizer=True)["last_optimizer_state"]["state"].keys() == (
