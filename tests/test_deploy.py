@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -165,6 +166,25 @@ def test_other_requests(server):
     assert server.request("POST", "/translate", b'{"text": "a"}', Host="example.com") == (400, "Invalid host header")
 
 
+def test_who_leaves_and_who_does_not_speak_http(server):
+    for sent in (
+        b"POST /translate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{",
+        b"\x16\x03\x01\r\n\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(sent)
+    idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(serve.MAX_CONNECTIONS)]
+    try:
+        while server.request("GET", "/") != (503, "Service Unavailable"):
+            time.sleep(0.1)
+    finally:
+        for connection in idle:
+            connection.close()
+    while server.request("GET", "/")[0] != 200:
+        time.sleep(0.1)
+    assert server.translate("ein kind lacht .")[0] == 200
+
+
 def test_200_requests_at_once(folder, server):
     source, expected = lines(folder / "data/text/raw.test.de"), lines(folder / "run/test/hypotheses.txt")
     with ThreadPoolExecutor(200) as pool:
@@ -188,6 +208,17 @@ def test_stops_once_all_are_answered(folder, server, tmp_path):
         assert [answer.result()[0] for answer in answers] == [200] * 4
     assert ours.process.wait(timeout=60) in (0, -signal.SIGTERM)
     assert "Traceback" not in ours.log.read_text()
+
+
+@pytest.mark.slow
+def test_benchmark(folder):
+    command = [sys.executable, ROOT / "benchmarks/deploy.py", folder / "run", "--repeat", "1"]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    rows = [re.split(r" *\| *", line)[1:-1] for line in printed if line.startswith("|")]
+    assert [row[0] for row in rows[2:]] == ["fairseq-generate", "CTranslate2 float32", "CTranslate2 int8"]
+    assert rows[3][1:5] == [*rows[2][1:4], "25 of 25"]
+    scores = json.loads((folder / "run/test/scores.json").read_text())
+    assert rows[2][1:4] == [f"{score['score']:.2f}" for name, score in scores.items() if name != "checkpoints"]
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ def convert(run: Path, out: Path, data: Path | None = None, quantization: str | 
         "search": {"beam_size": int(search["BEAM"]), "length_penalty": float(search["LENPEN"])},
     }
 
-    print(f"converting {checkpoint}", flush=True)
+    print(f"converting {checkpoint}", file=sys.stderr)
     partial = out.with_name(out.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

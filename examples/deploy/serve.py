@@ -31,7 +31,7 @@ try:
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.routing import Route
 except ImportError as error:
@@ -182,7 +182,8 @@ def application(translator: Translator) -> Starlette:
         routes=[Route("/", page), Route("/translate", translate, methods=["POST"])],
         # no site elsewhere may use the translator by letting its own name point here
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])],
-        exception_handlers={HTTPException: refuse, Exception: refuse},
+        # whoever left gets no answer, and the log no traceback
+        exception_handlers={HTTPException: refuse, ClientDisconnect: refuse, Exception: refuse},
         lifespan=lifespan,
     )
 
