@@ -364,8 +364,9 @@ def test_what_cannot_be_converted(folder, tmp_path):
         return finished.stdout.splitlines()
 
     assert message(tmp_path, tmp_path / "out")[0].startswith(f"error: {tmp_path} holds no checkpoint")
-    shutil.copy(folder / "run/settings.json", tmp_path)
     (tmp_path / "checkpoint_last.pt").write_bytes(b"no checkpoint")
+    assert "has no settings.json of train.sh" in message(tmp_path, tmp_path / "out")[0]
+    shutil.copy(folder / "run/settings.json", tmp_path)
     assert "does not say how the text was treated" in message(tmp_path, tmp_path / "out", "--data", tmp_path)[0]
     printed = message(tmp_path, tmp_path / "out")
     assert "admin_fairseq fold" in printed[-1]

@@ -42,6 +42,8 @@ def convert(run: Path, out: Path, data: Path | None = None, quantization: str | 
     if (run / DEMO).is_dir():
         data, codes, tokenize = run / "data/bin", run / "data/codes", ["--lowercase"]
     else:
+        if data is None and not (run / "settings.json").is_file():
+            sys.exit(f"error: {run} has no settings.json of train.sh; say by --data where what prepare.sh made is")
         data = data or Path(read_json(run / "settings.json")["DATA"])
         codes, step = data / "text/codes", data / ".done/tokenize-test"
         command = step.read_text("utf-8").split() if step.is_file() else []
@@ -58,6 +60,9 @@ def convert(run: Path, out: Path, data: Path | None = None, quantization: str | 
         "search": {"beam_size": int(search["BEAM"]), "length_penalty": float(search["LENPEN"])},
     }
 
+    converter = Path(sys.executable).with_name("ct2-fairseq-converter")
+    if not converter.is_file():
+        sys.exit(f"error: {converter} is not there; pip install '.[deploy]' brings it")
     print(f"converting {checkpoint}", file=sys.stderr)
     partial = out.with_name(out.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
@@ -65,7 +70,6 @@ def convert(run: Path, out: Path, data: Path | None = None, quantization: str | 
     folded, model = partial / "folded.pt", partial / "model"
     call(sys.executable, "-m", "admin_fairseq", "fold", checkpoint, folded)
     options = ("--quantization", quantization) if quantization else ()
-    converter = Path(sys.executable).with_name("ct2-fairseq-converter")
     call(converter, "--model_path", folded, "--data_dir", data, "--output_dir", model, *options)
     shutil.copy(codes, model / "codes")
     (model / "text.json").write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
