@@ -39,6 +39,7 @@ setup(
             "fairseq==0.12.2; python_version < '3.11'",
         ],
         "demo": ["matplotlib"],
+        "deploy": ["ctranslate2>=4", "starlette", "uvicorn"],
         "test": ["pytest", "pytest-xdist", "ruff"],
     },
     entry_points={"console_scripts": ["admin-fairseq = admin_fairseq.cli:main"]},

@@ -1,0 +1,104 @@
+"""A recipe's run as a folder that holds all a translator needs, for CTranslate2: no fairseq, no torch.
+
+    python convert.py RUN OUT [--quantization int8]
+
+RUN may also be the folder of `make demo`. `admin-fairseq fold` makes a stock Transformer of the Admin checkpoint, and
+ct2-fairseq-converter a CTranslate2 model of that. Beside it go the BPE codes and text.json: how to treat text, and the
+recipe's search.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+DEMO = Path("runs", "admin")  # in the folder of make demo
+ENVIRONMENT = dict(os.environ, PYTHONPATH=str(Path(__file__).resolve().parents[2]), PYTHONWARNINGS="ignore")
+
+
+def checkpoint_of(run: Path) -> Path:
+    """The average that evaluate.sh wrote, else the best checkpoint, else the last."""
+    folder = run / DEMO if (run / DEMO).is_dir() else run
+    for name in ("test/average.pt", "checkpoint_best.pt", "checkpoint_last.pt"):
+        if (folder / name).is_file():
+            return folder / name
+    sys.exit(f"error: {run} holds no checkpoint; give the RUN of a recipe's train.sh, or the folder of make demo")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text("utf-8"))
+
+
+def convert(run: Path, out: Path, data: Path | None = None, quantization: str | None = None) -> None:
+    """Make ``out``, or make it anew; ``data``: where prepare.sh's folder was moved to."""
+    checkpoint = checkpoint_of(run)
+    search = {"BEAM": "5", "LENPEN": "1"}
+    if (run / DEMO).is_dir():
+        data, codes, tokenize = run / "data/bin", run / "data/codes", ["--lowercase"]
+    else:
+        if data is None and not (run / "settings.json").is_file():
+            sys.exit(f"error: {run} has no settings.json of train.sh; say by --data where what prepare.sh made is")
+        data = data or Path(read_json(run / "settings.json")["DATA"])
+        codes, step = data / "text/codes", data / ".done/tokenize-test"
+        command = step.read_text("utf-8").split() if step.is_file() else []
+        if command[:2] != ["tokenize", "test"]:
+            sys.exit(f"error: {step} does not say how the text was treated; give what prepare.sh made by --data")
+        tokenize = command[2:]
+        if checkpoint.parent.name == "test":
+            search = read_json(run / "test/settings.json")
+    source, target = next(data.glob("test.*-*.*.idx")).name.split(".")[1].split("-")
+    text = {
+        "source": source,
+        "target": target,
+        "tokenize": {option.lstrip("-"): True for option in tokenize},
+        "search": {"beam_size": int(search["BEAM"]), "length_penalty": float(search["LENPEN"])},
+    }
+
+    converter = Path(sys.executable).with_name("ct2-fairseq-converter")
+    if not converter.is_file():
+        sys.exit(f"error: {converter} is not there; pip install '.[deploy]' brings it")
+    print(f"converting {checkpoint}", file=sys.stderr)
+    partial = out.with_name(out.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    folded, model = partial / "folded.pt", partial / "model"
+    call(sys.executable, "-m", "admin_fairseq", "fold", checkpoint, folded)
+    options = ("--quantization", quantization) if quantization else ()
+    call(converter, "--model_path", folded, "--data_dir", data, "--output_dir", model, *options)
+    shutil.copy(codes, model / "codes")
+    (model / "text.json").write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    model.rename(out)
+    shutil.rmtree(partial)
+
+
+def call(*command: str | Path) -> None:
+    """Run it; its output is shown if it fails."""
+    finished = subprocess.run([*map(str, command)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if finished.returncode != 0:
+        sys.stderr.buffer.write(finished.stdout)
+        sys.exit(f"error: {' '.join(map(str, command))} failed, as said above")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, help="what prepare.sh made, if it was moved since the training")
+    parser.add_argument("--quantization", metavar="TYPE", help="of the weights, for example int8 (default: none)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    add_options(parser)
+    args = parser.parse_args()
+    convert(args.run, args.out, args.data, args.quantization)
+
+
+if __name__ == "__main__":
+    main()

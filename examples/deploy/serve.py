@@ -1,0 +1,209 @@
+"""A translator on this machine: a page for the browser, and POST /translate {"text": ...} -> {"translation": ...}.
+
+    python serve.py RUN
+
+RUN is that of a recipe's train.sh, the folder of `make demo`, or what convert.py made of either. Each line of the text
+is a sentence, and is treated as the recipe treats its test set. What is refused is answered with {"error": ...}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import sys
+import unicodedata
+from pathlib import Path
+from typing import AsyncIterator
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "common")]
+
+from convert import add_options, checkpoint_of, convert  # noqa: E402
+from corpus import make_bpe, make_tokenizer  # noqa: E402
+
+try:
+    import ctranslate2
+    import uvicorn
+    from sacremoses import MosesDetokenizer
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import HTMLResponse, JSONResponse, Response
+    from starlette.routing import Route
+except ImportError as error:
+    sys.exit(f"error: {error}; pip install '.[deploy]' brings what is missing")
+
+# of a request
+MAX_CHARACTERS = 5000
+MAX_LINES = 50
+MAX_PIECES = 250  # of BPE, in one line
+MAX_BYTES = 2**20  # so much is read, to be able to say what is wrong with it
+# of all requests
+MAX_WAITING = 500  # lines
+MAX_CONNECTIONS = 400
+BATCH_LINES = 64  # no request joins a batch that has so many
+BATCH_PIECES = 4000  # translated at once, with padding
+MAX_LENGTH = 200  # of a translation; fairseq-generate's default
+MAX_CACHE = 100_000  # words whose BPE is remembered
+
+
+class Translator:
+    """Sentences to sentences, by what convert.py wrote to ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        text = json.loads((folder / "text.json").read_text("utf-8"))
+        self.source, self.target, self.search = text["source"], text["target"], text["search"]
+        self.tokenize = make_tokenizer(self.source, **text["tokenize"])
+        self.bpe = make_bpe(folder / "codes")
+        self.detokenize = MosesDetokenizer(lang=self.target).detokenize
+        self.model = ctranslate2.Translator(str(folder))
+
+    def encode(self, line: str) -> list[str]:
+        cache = self.bpe.__self__.cache  # grows with every new word
+        if len(cache) > MAX_CACHE:
+            cache.clear()
+        return self.bpe(self.tokenize(line)).split()
+
+    def decode(self, pieces: list[str]) -> str:
+        return self.detokenize((" ".join(pieces) + " ").replace("@@ ", "").split())
+
+    def translate(self, texts: list[list[str]]) -> list[list[str] | None]:
+        """Each text's lines, all in one batch; None for a text with a line of too many pieces."""
+        encoded = [[self.encode(line) for line in lines] for lines in texts]
+        fits = [all(len(line) <= MAX_PIECES for line in lines) for lines in encoded]
+        sources = [line for lines, fit in zip(encoded, fits) if fit for line in lines if line]
+        limits = {"max_batch_size": BATCH_PIECES, "batch_type": "tokens", "max_decoding_length": MAX_LENGTH}
+        results = iter(self.model.translate_batch(sources, **limits, **self.search))
+        return [
+            [self.decode(next(results).hypotheses[0]) if line else "" for line in lines] if fit else None
+            for lines, fit in zip(encoded, fits)
+        ]
+
+
+class Batcher:
+    """Requests that arrive while a batch is at work make up the next one."""
+
+    def __init__(self, translator: Translator) -> None:
+        self.translator = translator
+        self.queue: asyncio.Queue = asyncio.Queue()
+        self.waiting = 0
+
+    async def translate(self, lines: list[str]) -> list[str]:
+        if self.waiting + len(lines) > MAX_WAITING:
+            raise HTTPException(503, "too many requests are waiting; try again later", {"Retry-After": "1"})
+        result = asyncio.get_running_loop().create_future()
+        self.waiting += len(lines)
+        self.queue.put_nowait((lines, result))
+        try:
+            translation = await result
+        finally:
+            self.waiting -= len(lines)
+        if translation is None:
+            raise HTTPException(413, f"a line is too long: at most {MAX_PIECES} tokens after BPE")
+        return translation
+
+    async def run(self) -> None:
+        while True:
+            batch = [await self.queue.get()]
+            while not self.queue.empty() and sum(len(lines) for lines, _ in batch) < BATCH_LINES:
+                batch.append(self.queue.get_nowait())
+            try:
+                translations = await asyncio.to_thread(self.translator.translate, [lines for lines, _ in batch])
+            except Exception as error:  # the next batch may go well
+                for _, result in batch:
+                    result.set_exception(error)
+            else:
+                for (_, result), translation in zip(batch, translations):
+                    result.set_result(translation)
+
+
+async def read_lines(request: Request) -> list[str]:
+    """The lines of the request's text.
+
+    Raises:
+        HTTPException: it is refused.
+    """
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BYTES:
+            raise HTTPException(413, f"the text is too long: at most {MAX_CHARACTERS:,} characters")
+    try:
+        text = json.loads(body.decode("utf-8"))["text"]
+        text.encode("utf-8")  # "\ud800" is JSON, but no text
+    except UnicodeError:
+        raise HTTPException(400, "the text is not valid UTF-8") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise HTTPException(400, 'send JSON: {"text": "..."}') from None
+    if len(text) > MAX_CHARACTERS:
+        raise HTTPException(413, f"the text is too long: {len(text):,} characters of at most {MAX_CHARACTERS:,}")
+    lines = [line.rstrip("\r") for line in text.rstrip("\r\n").split("\n")]
+    if len(lines) > MAX_LINES:
+        raise HTTPException(413, f"the text is too long: {len(lines):,} lines of at most {MAX_LINES}")
+    for character in "".join(lines):
+        if unicodedata.category(character) == "Cc" and character != "\t":
+            raise HTTPException(400, f"the text has a control character, U+{ord(character):04X}")
+    if not text.strip():
+        raise HTTPException(400, "the text is empty")
+    return lines
+
+
+def refuse(_: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+    return JSONResponse({"error": "internal error"}, 500)
+
+
+def application(translator: Translator) -> Starlette:
+    """The page at / and the end point /translate."""
+    content = (HERE / "page.html").read_text("utf-8")
+    content = content.replace("{source}", translator.source).replace("{target}", translator.target)
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+
+    async def page(_: Request) -> Response:
+        return HTMLResponse(content, headers={"Content-Security-Policy": policy})
+
+    async def translate(request: Request) -> Response:
+        lines = await request.app.state.batcher.translate(await read_lines(request))
+        return JSONResponse({"translation": "\n".join(lines)})
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        app.state.batcher = Batcher(translator)
+        worker = asyncio.create_task(app.state.batcher.run())
+        yield
+        worker.cancel()
+
+    return Starlette(
+        routes=[Route("/", page), Route("/translate", translate, methods=["POST"])],
+        # no site elsewhere may use the translator by letting its own name point here
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])],
+        # whoever left gets no answer, and the log no traceback
+        exception_handlers={HTTPException: refuse, ClientDisconnect: refuse, Exception: refuse},
+        lifespan=lifespan,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--port", type=int, default=8000, help="on 127.0.0.1 (default: 8000)")
+    add_options(parser)
+    args = parser.parse_args()
+    folder = args.run
+    if not (folder / "text.json").is_file():
+        folder /= "deploy" if args.quantization is None else f"deploy-{args.quantization}"
+        made, checkpoint = folder / "text.json", checkpoint_of(args.run)
+        if not made.is_file() or made.stat().st_mtime < checkpoint.stat().st_mtime:
+            convert(args.run, folder, args.data, args.quantization)
+    app = application(Translator(folder))
+    limits = {"limit_concurrency": MAX_CONNECTIONS, "timeout_graceful_shutdown": 30}
+    uvicorn.run(app, host="127.0.0.1", port=args.port, access_log=False, **limits)
+
+
+if __name__ == "__main__":
+    main()
