@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import signal
+import warnings
 from typing import Iterator
 
 import admin_fairseq
@@ -21,6 +22,7 @@ from admin_fairseq.verify import verify
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head
+    warnings.simplefilter("ignore")  # what torch and fairseq say of each other's deprecations
     parser = argparse.ArgumentParser(prog="admin-fairseq", description="Tools around Admin checkpoints and profiles.")
     parser.add_argument("--version", action="version", version=f"admin_fairseq {admin_fairseq.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
