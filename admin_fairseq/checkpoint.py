@@ -91,7 +91,7 @@ def load(path: str) -> dict[str, Any]:
         AdminError: the file is missing or not a fairseq checkpoint, or holds objects of other classes.
     """
     if not os.path.isfile(path):
-        raise AdminError(f"no such file: {path}")
+        raise AdminError(f"{path} is a folder, not a checkpoint" if os.path.isdir(path) else f"no such file: {path}")
     try:
         if torch.__version__ >= "2.6":
             state = torch.load(path, map_location="cpu", weights_only=True)  # hooks.install lists SAFE_GLOBALS

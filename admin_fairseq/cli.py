@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import warnings
-from typing import Iterator
+from typing import Any, Iterator
 
 import admin_fairseq
 from admin_fairseq import checkpoint
@@ -124,6 +124,16 @@ def _add_files(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _read(args: argparse.Namespace) -> dict[str, Any]:
+    """IN.pt, once it is clear that OUT.pt can be written and is another file."""
+    if os.path.realpath(args.input) == os.path.realpath(args.output):
+        raise AdminError(f"{args.output} is the file to read; give another name to write to")
+    folder = os.path.dirname(args.output) or "."
+    if os.path.isdir(args.output) or not os.access(folder, os.W_OK):
+        raise AdminError(f"cannot write {args.output}: it must be a file in a folder that exists and can be written to")
+    return checkpoint.load(args.input)
+
+
 @contextlib.contextmanager
 def _named(path: str) -> Iterator[None]:
     """Errors of functions that do not know the file's name get it."""
@@ -134,7 +144,7 @@ def _named(path: str) -> Iterator[None]:
 
 
 def _fold(args: argparse.Namespace) -> None:
-    state = checkpoint.load(args.input)
+    state = _read(args)
     with _named(args.input):
         folded = fold(state, args.untie, args.keep_optimizer)
     if args.verify is not None:
@@ -144,7 +154,7 @@ def _fold(args: argparse.Namespace) -> None:
 
 
 def _unfold(args: argparse.Namespace) -> None:
-    state = checkpoint.load(args.input)
+    state = _read(args)
     with _named(args.input):
         unfolded = unfold(state, args.keep_optimizer)
     checkpoint.save(unfolded, args.output)
@@ -152,7 +162,7 @@ def _unfold(args: argparse.Namespace) -> None:
 
 
 def _deepen(args: argparse.Namespace) -> None:
-    state = checkpoint.load(args.input)
+    state = _read(args)
     layers = {"encoder": args.encoder_layers, "decoder": args.decoder_layers}
     with _named(args.input):
         deeper, changes = deepen(state, args.data, layers, args.change)

@@ -31,6 +31,7 @@ from admin_fairseq.fold import STOCK, State, Weights, finished, model_name, sett
 from admin_fairseq.model import sub_layers
 from admin_fairseq.norm import OmegaLayerNorm
 from admin_fairseq.profiling import Sample
+from admin_fairseq.verify import build
 
 
 class Change(NamedTuple):
@@ -65,10 +66,12 @@ def deepen(state: State, data: str, layers: dict[str, int], change: float = 0.1)
     weights, inserted, depths = dict(state["model"]), set(), {}
     for stack in ("encoder", "decoder"):
         old = len({name.split(".")[2] for name in weights if name.startswith(f"{stack}.layers.")})
-        new = layers.get(stack) or old
+        new = old if layers.get(stack) is None else layers[stack]
         if new < old:
             raise AdminError(f"it has {old} {stack} layers, more than {new}")
-        if old == 0:  # a language model has no encoder
+        if new > old == 0:
+            raise AdminError(f"it has no {stack}")
+        if old == 0:
             continue
         weights, names = _copied(weights, stack, old, new)
         inserted |= names
@@ -81,8 +84,7 @@ def deepen(state: State, data: str, layers: dict[str, int], change: float = 0.1)
     task = tasks.setup_task(args)
     task.load_dataset("train")
     dataset = task.dataset("train")
-    before, after = task.build_model(settings(state)), task.build_model(args)
-    before.load_state_dict(state["model"])
+    before, after = build(state, task), task.build_model(args)
     after.load_state_dict(weights)
     limit = utils.resolve_max_positions(task.max_positions(), after.max_positions())
     chosen, _ = dataset.filter_indices_by_size(dataset.ordered_indices()[:200], limit)

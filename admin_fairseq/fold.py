@@ -307,6 +307,7 @@ def _parameters(weights: Weights, args: Namespace) -> list[str]:
         tied.add("decoder.embed_tokens.weight")
     if tied or args.share_decoder_input_output_embed:
         tied.add("decoder.output_projection.weight")
-    # the first omega of a stack is frozen
-    tied.update(f"{name}.omega" for name, _, previous in _all_sub_layers(weights) if previous is None)
+    # the first omega of a stack is frozen, or all are
+    fixed = getattr(args, "admin_omega", None) == "fixed"
+    tied.update(f"{name}.omega" for name, _, previous in _all_sub_layers(weights) if fixed or previous is None)
     return [name for name in weights if name not in tied and not name.endswith((".version", "._float_tensor"))]

@@ -85,8 +85,25 @@ def _batches(dataset: Any, limit: Any, sentences: int) -> list[dict[str, Any]]:
     return [dataset.collater([dataset[i] for i in chosen[at : at + 20]]) for at in range(0, len(chosen), 20)]
 
 
+def build(state: State, task: Any) -> nn.Module:
+    """The checkpoint's model.
+
+    Raises:
+        AdminError: its weights do not fit, as when the data has another dictionary.
+    """
+    model = task.build_model(settings(state))
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise AdminError(
+            f"the weights do not fit a model for DATA; is it the one of the training? ({reason})"
+        ) from error
+    return model
+
+
 def _build(state: State, task: Any, dtype: torch.dtype) -> nn.Module:
-    model = task.build_model(settings(state)).to(dtype)
+    model = build(state, task).to(dtype)
     model.load_state_dict(_to(state["model"], dtype))
     for module in model.modules():
         module.can_use_fastpath = False  # fairseq 0.12.2's own encoder fails there with torch 1.13 and newer

@@ -40,6 +40,9 @@ def test_from_training_to_figure(data, tmp_path, monkeypatch, capfd):
     assert (tmp_path / "sgd/sgd-fast/table.md").exists()
     assert "valid perplexity" in capfd.readouterr().out
 
-    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path), "--", *WIDTHS, "--clip-norm", "1"])
-    with pytest.raises(AdminError, match="SGD, fast: see above"):
+
+def test_what_compare_refuses_ends_it(data, tmp_path, monkeypatch):
+    command = ["claims.py", str(data), "--experiment", "warmup", "--depth", "six", "--updates", "4"]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path)])
+    with pytest.raises(AdminError, match="Adam: see above"):
         claims.main()

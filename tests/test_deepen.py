@@ -105,6 +105,7 @@ def test_deepens_trains_and_translates(trained, data, tmp_path):
     ("layers", "change", "message"),
     [
         ({"encoder": 2}, 0.1, "it has 3 encoder layers, more than 2"),
+        ({"encoder": 0}, 0.1, "it has 3 encoder layers, more than 0"),
         ({"encoder": 3, "decoder": 2}, 0.1, "as many layers already"),
         ({"encoder": 4}, 0, "between 0 and 1"),
     ],

@@ -136,6 +136,7 @@ BAD = [
     (b"[" * 100_000, 400, "send JSON"),
     (b'{"text": ""}', 400, "the text is empty"),
     (b'{"text": " \\n\\t\\n"}', 400, "the text is empty"),
+    (b'{"text": "\\u200b\\n\\u00ad"}', 400, "the text is empty"),
     (b'{"text": "a\xff"}', 400, "the text is not valid UTF-8"),
     (b'{"text": "\\ud800"}', 400, "the text is not valid UTF-8"),
     (b'{"text": "a\\u0000b"}', 400, "the text has a control character, U+0000"),
@@ -326,6 +327,40 @@ def make_demo(folder: Path) -> None:
         (folder / path).touch()
 
 
+def test_who_left_is_not_translated_for():
+    batches = []
+
+    class Translator:
+        def translate(self, texts):
+            batches.append(texts)
+            time.sleep(0.05)
+            return texts
+
+    async def ask():
+        batcher = serve.Batcher(Translator())
+        worker = asyncio.create_task(batcher.run())
+        first, second, third = (asyncio.create_task(batcher.translate([word])) for word in ("one", "two", "three"))
+        await asyncio.sleep(0.01)
+        fourth = asyncio.create_task(batcher.translate(["four"]))
+        await asyncio.sleep(0)
+        fourth.cancel()
+        await asyncio.gather(first, second, third)
+        assert await batcher.translate(["five"]) == ["five"]
+        worker.cancel()
+
+    asyncio.run(ask())
+    assert "four" not in str(batches)
+
+
+@pytest.mark.parametrize("port", ["99999", "taken"])
+def test_a_port_that_cannot_be_had(monkeypatch, port, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1]) if port == "taken" else port
+        monkeypatch.setattr(sys, "argv", ["serve.py", str(tmp_path), "--port", port])
+        with pytest.raises(SystemExit, match=f"error: cannot listen on port {port}: "):
+            serve.main()
+
+
 def test_folder_of_make_demo(calls, tmp_path):
     demo, out = tmp_path / "demo", tmp_path / "out"
     make_demo(demo)
@@ -368,7 +403,14 @@ def test_what_cannot_be_converted(folder, tmp_path):
     assert "has no settings.json of train.sh" in message(tmp_path, tmp_path / "out")[0]
     shutil.copy(folder / "run/settings.json", tmp_path)
     assert "does not say how the text was treated" in message(tmp_path, tmp_path / "out", "--data", tmp_path)[0]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").touch()
+    assert "exists, and is not what convert.py makes" in message(folder / "run", tmp_path / "mine")[0]
+    assert "exists, and is not what convert.py makes" in message(folder / "run", folder / "run")[0]
+    assert (tmp_path / "mine/thesis.txt").exists()
+    assert "cannot write /proc/x" in message(folder / "run", "/proc/x")[-1]
     printed = message(tmp_path, tmp_path / "out")
+    assert not list(tmp_path.glob("*.tmp"))
     assert "admin_fairseq fold" in printed[-1]
     assert "checkpoint_last.pt" in printed[-2]
     assert not (tmp_path / "out").exists()

@@ -29,6 +29,7 @@ from admin_fairseq.cli import main
 from admin_fairseq.errors import explain
 from admin_fairseq.fold import fold, settings, unfold
 from admin_fairseq.model import FAST_PATH_COPIES
+from admin_fairseq.verify import build as build_from
 from admin_fairseq.verify import verify
 
 NO_DROPOUT = ["--dropout", "0"]
@@ -197,8 +198,12 @@ def test_keeps_dtype_and_folds_the_average(build):
     average = randomise(copy.deepcopy(admin)).state_dict()
     for stack in ("encoder", "decoder"):
         average[f"{stack}.layers.0.self_attn_layer_norm.omega"] *= 1.001  # drifts where the model's stays 1
+    admin.decoder.layers[1].final_layer_norm.omega.data.uniform_(1, 3)
     state = state_of(admin.half(), cfg, ema=average, ema_fp32_params=dict(average), metrics={"n": np.ones(4)})
     folded = fold(state)
+    before, omega = (state["model"][f"decoder.layers.1.{part}"] for part in ("fc1.weight", "final_layer_norm.omega"))
+    expected = (before.double() / omega.double()).half()  # rounded once
+    assert torch.equal(folded["model"]["decoder.layers.1.fc1.weight"], expected)
     assert {weight.dtype for name, weight in folded["model"].items() if "version" not in name} == {torch.float16}
     for name in ("ema", "ema_fp32_params"):
         weights = folded["extra_state"][name]
@@ -233,6 +238,15 @@ def test_all_reasons_at_once(build):
     ):
         assert len([line for line in lines if needle in line]) == 1, needle
     assert len(lines) == 6
+
+
+def test_how_near_zero_omega_may_come(build):
+    admin, _, cfg = build("transformer_admin")
+    admin.encoder.layers[1].final_layer_norm.omega.data[3] = -0.0011
+    fold(state_of(admin, cfg))
+    admin.encoder.layers[1].final_layer_norm.omega.data[3] = -0.0009
+    with pytest.raises(AdminError, match=r"encoder.layers.1.final_layer_norm.omega reaches 9.0e-04"):
+        fold(state_of(admin, cfg))
 
 
 def test_half_precision_overflow(build):
@@ -316,6 +330,40 @@ def test_other_optimizer_states_are_refused(build, batch):
     del state["last_optimizer_state"]["param_groups"][0]["params"][1:]  # as with --fp16's one flat tensor
     with pytest.raises(AdminError, match="one entry a parameter"):
         fold(state, keep_optimizer=True)
+
+
+def test_fixed_omega_has_no_optimizer_state(build, batch):
+    admin, _, cfg = build("transformer_admin", "--admin-omega", "fixed", *NO_DROPOUT)
+    state = state_of(admin, cfg)
+    state["last_optimizer_state"] = adam_state(admin, batch())
+    kept = fold(state, keep_optimizer=True)["last_optimizer_state"]
+    assert len(kept["state"]) == len(state["last_optimizer_state"]["state"])
+
+
+def test_optimizers_of_the_plugin_are_not_asked_for(build):
+    admin, _, cfg = build("transformer_admin")
+    state = state_of(admin, cfg)
+    state["cfg"]["optimizer"] = {"_name": "radam"}
+    assert fold(state)["args"].optimizer == "adam"
+
+
+def test_verify_in_float64_and_on_other_data(build, data, monkeypatch):
+    admin, task, cfg = build("transformer_admin")
+    state = state_of(randomise(admin, first=True), cfg)
+    folded = fold(state, untie=True)
+    verify(state, folded, str(data), sentences=5, untie=True)
+
+    def slightly_wrong(state, untie):
+        folded = fold(state, untie)
+        folded["model"]["decoder.layers.0.fc2.bias"][0] += 1e-7
+        return folded
+
+    monkeypatch.setattr("admin_fairseq.verify.fold", slightly_wrong)
+    with pytest.raises(AdminError, match=r"logits differ by \S+ in float64, more than 1.0e-09$"):
+        verify(state, folded, str(data), sentences=5, untie=True)
+    state["model"]["encoder.embed_tokens.weight"] = state["model"]["encoder.embed_tokens.weight"][:-1]
+    with pytest.raises(AdminError, match=r"do not fit a model for DATA.*encoder.embed_tokens.weight"):
+        build_from(state, task)
 
 
 def test_verify_finds_a_difference(build, data, capsys):
@@ -413,6 +461,19 @@ def test_unfolded_resumes(trained, data, tmp_path):
     assert list(resumed.losses()) == [9]
     again = load(str(tmp_path / "checkpoint_last.pt"))["model"]
     assert not torch.all(again["encoder.layers.2.final_layer_norm.omega"] == 1)
+
+
+@pytest.mark.parametrize("command", ["fold", "unfold", "deepen"])
+def test_nothing_is_overwritten(tmp_path, command):
+    file = tmp_path / "in.pt"
+    torch.save({"model": {}, "cfg": None}, file)
+    data = [str(tmp_path)] * (command == "deepen")
+    (tmp_path / "link.pt").symlink_to(file)
+    for out, message in (("in.pt", "the file to read"), ("link.pt", "the file to read"), ("no/out.pt", "cannot write")):
+        with pytest.raises(AdminError, match=message):
+            main([command, str(file), str(tmp_path / out), *data])
+    with pytest.raises(AdminError, match="is a folder, not a checkpoint"):
+        main([command, str(tmp_path), str(tmp_path / "out.pt"), *data])
 
 
 @pytest.mark.parametrize("command", ["fold", "unfold"])

@@ -1,13 +1,19 @@
 """The methods beside Admin: each against its equation, and from training to translations."""
 
+import logging
 import math
+import re
 from argparse import Namespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import needs_stock_translation, run, train
+from conftest import checkpoint, needs_stock_translation
+from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
+from fairseq_cli import generate as fairseq_generate
+from test_options import train_here
 
 from admin_fairseq import AdminError
 from admin_fairseq.architectures import METHODS
@@ -201,8 +207,8 @@ def test_closed_forms(method, build):
 @pytest.mark.parametrize("method", RULES)
 def test_checkpointed_activations_give_the_same_gradients(method, build, batch):
     sample, results = batch(), []
-    for options in ([], ["--checkpoint-activations"]):
-        model, task, cfg = build(f"transformer_{method}", "--dropout", "0.3", *options)
+    for extra in ([], ["--checkpoint-activations"]):
+        model, task, cfg = build(f"transformer_{method}", "--dropout", "0.3", *extra)
         torch.manual_seed(11)
         loss, _, _ = task.build_criterion(cfg.criterion)(model.train(), sample)
         loss.backward()
@@ -223,18 +229,20 @@ def test_pre_ln_and_sharding_are_refused(method, build):
 @pytest.mark.parametrize(
     "method", [pytest.param(m, marks=needs_stock_translation if m in ("postln", "preln") else ()) for m in METHODS]
 )
-def test_trains_resumes_and_generates(method, data, tmp_path):
-    arch, options = f"transformer_{method}", ("--dropout", "0.1", "--no-epoch-checkpoints", "--disable-validation")
-    for updates in (2, 4):
-        result = train(data, tmp_path, *options, arch=arch, updates=updates)
-        assert result.code == 0, result.output
-    assert result.losses().keys() == {3, 4}
-    result = run(
-        *("fairseq-generate", data, "--path", tmp_path / "checkpoint_last.pt", "--cpu", "--beam", "2"),
-        *("-s", "de", "-t", "en", "--max-len-b", "5", "--required-batch-size-multiple", "1"),
-    )
-    assert result.code == 0, result.output
-    assert len(result.lines("H-")) == 30
+def test_trains_resumes_and_generates(method, data, tmp_path, caplog, capsys):
+    """By fairseq's own main functions, in this process: two updates, two more from the checkpoint, translations."""
+    flags = "--dropout 0.1 --no-epoch-checkpoints --disable-validation"
+    train_here(f"transformer_{method}", data, tmp_path, flags)
+    caplog.set_level(logging.INFO)
+    train_here(f"transformer_{method}", data, tmp_path, f"{flags} --max-update 4")
+    assert "@ 2 updates" in caplog.text
+    assert checkpoint(tmp_path / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 4
+
+    path = ["--path", str(tmp_path / "checkpoint_last.pt"), "--cpu", "--beam", "2", "--max-len-b", "5"]
+    argv = [str(data), *path, "-s", "de", "-t", "en", "--required-batch-size-multiple", "1"]
+    parser = options.get_generation_parser()
+    fairseq_generate.main(convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, argv)))
+    assert len(re.findall(r"^H-\d+\t", capsys.readouterr().out, re.M)) == 30
 
 
 @pytest.mark.parametrize("method", RULES)

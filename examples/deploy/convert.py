@@ -37,6 +37,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def convert(run: Path, out: Path, data: Path | None = None, quantization: str | None = None) -> None:
     """Make ``out``, or make it anew; ``data``: where prepare.sh's folder was moved to."""
+    out = out.absolute()
+    if out.exists() and not (out / "text.json").is_file():
+        sys.exit(f"error: {out} exists, and is not what convert.py makes; give another OUT")
     checkpoint = checkpoint_of(run)
     search = {"BEAM": "5", "LENPEN": "1"}
     if (run / DEMO).is_dir():
@@ -48,7 +51,10 @@ def convert(run: Path, out: Path, data: Path | None = None, quantization: str | 
         codes, step = data / "text/codes", data / ".done/tokenize-test"
         command = step.read_text("utf-8").split() if step.is_file() else []
         if command[:2] != ["tokenize", "test"]:
-            sys.exit(f"error: {step} does not say how the text was treated; give what prepare.sh made by --data")
+            sys.exit(
+                f"error: {step} does not say how the text was treated; give by --data what prepare.sh made, or run"
+                " prepare.sh again"
+            )
         tokenize = command[2:]
         if checkpoint.parent.name == "test":
             search = read_json(run / "test/settings.json")
@@ -66,16 +72,22 @@ def convert(run: Path, out: Path, data: Path | None = None, quantization: str | 
     print(f"converting {checkpoint}", file=sys.stderr)
     partial = out.with_name(out.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    folded, model = partial / "folded.pt", partial / "model"
-    call(sys.executable, "-m", "admin_fairseq", "fold", checkpoint, folded)
-    options = ("--quantization", quantization) if quantization else ()
-    call(converter, "--model_path", folded, "--data_dir", data, "--output_dir", model, *options)
-    shutil.copy(codes, model / "codes")
-    (model / "text.json").write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
-    model.rename(out)
-    shutil.rmtree(partial)
+    try:
+        partial.mkdir(parents=True)
+        folded, model = partial / "folded.pt", partial / "model"
+        call(sys.executable, "-m", "admin_fairseq", "fold", checkpoint, folded)
+        options = ("--quantization", quantization) if quantization else ()
+        call(converter, "--model_path", folded, "--data_dir", data, "--output_dir", model, *options)
+        shutil.copy(codes, model / "codes")
+        (model / "text.json").write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(out, ignore_errors=True)
+        model.rename(out)
+    except OSError as error:
+        sys.exit(f"error: cannot write {out}: {error.strerror}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def call(*command: str | Path) -> None:
