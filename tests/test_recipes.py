@@ -181,7 +181,9 @@ def lines(path: Path) -> list[str]:
     return path.read_bytes().decode().rstrip("\n").split("\n")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(recipe, marks=pytest.mark.slow if recipe == "wmt14_en_de" else ()) for recipe in RECIPES]
+)
 def test_raw_files_to_scores(finished, recipe):
     folder, printed = finished(recipe)
     source = recipe.split("_")[-2]
