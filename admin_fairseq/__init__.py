@@ -1,7 +1,8 @@
 """Admin for fairseq: Transformers too deep for anyone else's recipe.
 
 ``fairseq-train DATA --user-dir admin_fairseq --arch transformer_admin_72 ...`` imports this package, which
-registers the architectures (:mod:`admin_fairseq.model`) and the profiling pre-pass (:mod:`admin_fairseq.hooks`).
+registers the architectures (:mod:`admin_fairseq.architectures`) and the profiling pre-pass
+(:mod:`admin_fairseq.hooks`).
 """
 
 import logging

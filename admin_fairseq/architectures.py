@@ -15,7 +15,7 @@ from fairseq.models import MODEL_REGISTRY, register_model_architecture, transfor
 from fairseq.models.transformer import transformer_legacy as transformer
 from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 
-from admin_fairseq import methods, model  # noqa: F401  (the models named below register themselves)
+from admin_fairseq import methods, model  # noqa: F401  (its models register themselves)
 from admin_fairseq.config import flat, refuse_unknown
 
 Defaults = Callable[[Any], None]
@@ -29,10 +29,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "admin_scalar": ("transformer_admin", {"admin_omega": "scalar"}),
     "postln": ("transformer", {"encoder_normalize_before": False, "decoder_normalize_before": False}),
     "preln": ("transformer", {"encoder_normalize_before": True, "decoder_normalize_before": True}),
-    **{
-        method: (f"transformer_{method}", {})
-        for method in ("rezero", "rezero_postln", "deepnorm", "looklinear", "b2t", "residual")
-    },
+    **{method: (f"transformer_{method}", {}) for method in methods.RULES},
 }
 DEPTHS = {f"_{n}_{m}": (n, m) for n, m in ((6, 6), (12, 12), (18, 18), (60, 12), (100, 100))}
 DEPTHS.update({"_72": (60, 12), "_200": (100, 100)})

@@ -12,7 +12,6 @@ from argparse import ArgumentParser, Namespace
 from typing import Any, ClassVar
 
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
-from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from torch import nn
 
 from admin_fairseq.config import POSITIONS, flat
@@ -31,8 +30,19 @@ FULLY_SHARDED = (
 class Rule(nn.Module):
     """What a layer does with shortcut and residual branch; mixed in before fairseq's layer class."""
 
-    def set_up(self, encoder_layers: int, decoder_layers: int) -> None:
-        """Make of a finished stock layer one that follows this rule; the model has so many layers."""
+    def set_up(self, stack: str, layers: dict[str, int]) -> None:
+        """Make of a finished stock layer of "encoder" or "decoder" one that follows this rule.
+
+        ``layers`` is the number of layers by stack; a language model has no encoder.
+        """
+
+    @staticmethod
+    def set_up_stack(stack: nn.Module) -> None:
+        """The same for a stack whose layers follow this rule."""
+
+    def norm_names(self) -> list[str]:
+        """The attributes that hold the sub-layers' LayerNorms."""
+        return [name for name, _ in self.named_children() if name.endswith("_layer_norm")]
 
     # 0.12.2 fills the copies here
     _load_from_state_dict = nn.Module._load_from_state_dict
@@ -43,7 +53,7 @@ def _mixed(rule: type[Rule], layer: type[nn.Module]) -> type[nn.Module]:
     return type(f"{rule.__name__}{layer.__name__}", (rule, layer), {})
 
 
-def adopt(layer: nn.Module, rule: type[Rule], encoder_layers: int, decoder_layers: int) -> None:
+def adopt(layer: nn.Module, rule: type[Rule], stack: str, layers: dict[str, int]) -> None:
     """Put a finished stock layer under a rule, in place.
 
     In place, because fairseq builds its layers in several ways (stacks, language models, activation
@@ -52,11 +62,11 @@ def adopt(layer: nn.Module, rule: type[Rule], encoder_layers: int, decoder_layer
     wrapped = vars(layer).pop("forward", None)  # by --checkpoint-activations, around the stock class's forward
     vars(layer).pop("precheckpoint_forward", None)
     layer.__class__ = _mixed(rule, type(layer))
-    if isinstance(layer, TransformerEncoderLayerBase):
+    if stack == "encoder":
         layer.can_use_fastpath = False
         for name in FAST_PATH_COPIES:
             layer._parameters.pop(name, None)
-    layer.set_up(encoder_layers, decoder_layers)
+    layer.set_up(stack, layers)
     if wrapped is not None:
         checkpoint_wrapper(layer, offload_to_cpu=wrapped.args[1])
 
@@ -115,9 +125,11 @@ class RuledModel(nn.Module):
         super().__init__(*args)
         # fairseq's list drops layers at random when it is iterated over itself (LayerDrop)
         layers = {name: list(stack.layers.children()) for name, stack in self.stacks().items()}
-        for stack in layers.values():
-            for layer in stack:
-                adopt(layer, self.rule, len(layers.get("encoder", ())), len(layers["decoder"]))
+        depths = {name: len(own) for name, own in layers.items()}
+        for name, stack in self.stacks().items():
+            for layer in layers[name]:
+                adopt(layer, self.rule, name, depths)
+            self.rule.set_up_stack(stack)
 
     def stacks(self) -> dict[str, nn.Module]:
         """ "encoder" and "decoder", or "decoder" alone."""

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from fairseq.models import register_model
 from fairseq.models.transformer import TransformerModel
-from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from torch import Tensor, nn
 
 from admin_fairseq.errors import AdminError
@@ -27,7 +26,7 @@ class ReZeroPostLN(Rule):
     Source: Transformer-Clinic's ``rezero_postln`` (LiyuanLucasLiu/Transformer-Clinic, transformer_layer.py).
     """
 
-    def set_up(self, encoder_layers: int, decoder_layers: int) -> None:
+    def set_up(self, stack: str, layers: dict[str, int]) -> None:
         self.rezero_weight = nn.Parameter(torch.zeros(1))
 
     def residual_connection(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -40,11 +39,10 @@ class ReZero(ReZeroPostLN):
     Source: Bachlechner et al. 2020, "ReZero is All You Need", equation 1 and section 5 (one scalar a layer).
     """
 
-    def set_up(self, encoder_layers: int, decoder_layers: int) -> None:
-        super().set_up(encoder_layers, decoder_layers)
-        for name, _norm in list(self.named_children()):
-            if name.endswith("_layer_norm"):
-                setattr(self, name, nn.Identity())
+    def set_up(self, stack: str, layers: dict[str, int]) -> None:
+        super().set_up(stack, layers)
+        for name in self.norm_names():
+            setattr(self, name, nn.Identity())
 
 
 class DeepNorm(Rule):
@@ -58,9 +56,8 @@ class DeepNorm(Rule):
     (microsoft/torchscale scales its default weights instead, the encoder's with 1.15 in the place of beta's 0.87.)
     """
 
-    def set_up(self, encoder_layers: int, decoder_layers: int) -> None:
-        stack = "encoder" if isinstance(self, TransformerEncoderLayerBase) else "decoder"
-        self.alpha, beta = deepnorm_constants(encoder_layers, decoder_layers)[stack]
+    def set_up(self, stack: str, layers: dict[str, int]) -> None:
+        self.alpha, beta = deepnorm_constants(layers["encoder"], layers["decoder"])[stack]
         for name, module in self.named_modules():
             projection = name.split(".")[-1]
             if projection in ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"):
@@ -95,7 +92,7 @@ class LookLinear(Rule):
         AdminError: the feed-forward network's width is odd.
     """
 
-    def set_up(self, encoder_layers: int, decoder_layers: int) -> None:
+    def set_up(self, stack: str, layers: dict[str, int]) -> None:
         half, odd = divmod(self.fc1.out_features, 2)
         if odd:
             raise AdminError(f"LookLinear mirrors half of the feed-forward network: its width, {2 * half + 1}, is odd")
@@ -114,12 +111,11 @@ class BottomToTop(Rule):
     the scale is that of their code (takase/b2t_connection, transformer_layer.py).
     """
 
-    def set_up(self, encoder_layers: int, decoder_layers: int) -> None:
-        layers = encoder_layers if isinstance(self, TransformerEncoderLayerBase) else decoder_layers
+    def set_up(self, stack: str, layers: dict[str, int]) -> None:
         with torch.no_grad():
             for name, weight in self.named_parameters():
                 if name.endswith("weight") and "layer_norm" not in name:
-                    weight.mul_(layers**-0.5)
+                    weight.mul_(layers[stack] ** -0.5)
         self.final_layer_norm = BottomToTopNorm(self.embed_dim)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -146,6 +142,10 @@ class ResiDual(Rule):
     section 2 and figure 1. Between layers the two travel side by side, as one tensor (time, batch, 2 d), so that
     fairseq's stacks, activation checkpointing and incremental decoding serve as they are.
     """
+
+    @staticmethod
+    def set_up_stack(stack: nn.Module) -> None:
+        stack.layer_norm = ResiDualNorm(stack.layers[0].embed_dim)
 
     def residual_connection(self, x: Tensor, residual: Tensor) -> Tensor:
         self.branch_sum = self.branch_sum + x
@@ -175,48 +175,15 @@ def _split(both: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return both.split(dim, dim=-1) if both.shape[-1] == 2 * dim else (both, both)
 
 
-@register_model("transformer_rezero")
-class ReZeroTransformer(RuledModel, TransformerModel):
-    """ReZero in both stacks."""
-
-    rule = ReZero
-
-
-@register_model("transformer_rezero_postln")
-class ReZeroPostLNTransformer(RuledModel, TransformerModel):
-    """ReZero with Post-LN in both stacks."""
-
-    rule = ReZeroPostLN
-
-
-@register_model("transformer_deepnorm")
-class DeepNormTransformer(RuledModel, TransformerModel):
-    """DeepNorm in both stacks."""
-
-    rule = DeepNorm
-
-
-@register_model("transformer_looklinear")
-class LookLinearTransformer(RuledModel, TransformerModel):
-    """LookLinear in both stacks."""
-
-    rule = LookLinear
-
-
-@register_model("transformer_b2t")
-class BottomToTopTransformer(RuledModel, TransformerModel):
-    """B2T connections in both stacks."""
-
-    rule = BottomToTop
-
-
-@register_model("transformer_residual")
-class ResiDualTransformer(RuledModel, TransformerModel):
-    """ResiDual in both stacks."""
-
-    rule = ResiDual
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        for stack in self.stacks().values():
-            stack.layer_norm = ResiDualNorm(stack.layers[0].embed_dim)
+RULES: dict[str, type[Rule]] = {
+    "rezero": ReZero,
+    "rezero_postln": ReZeroPostLN,
+    "deepnorm": DeepNorm,
+    "looklinear": LookLinear,
+    "b2t": BottomToTop,
+    "residual": ResiDual,
+}
+for _name, _rule in RULES.items():
+    register_model(f"transformer_{_name}")(
+        type(f"{_rule.__name__}Transformer", (RuledModel, TransformerModel), {"rule": _rule})
+    )

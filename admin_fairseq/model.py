@@ -29,11 +29,16 @@ logger = logging.getLogger(__name__)
 class AdminRule(Rule):
     """Draws no random number: from the same seed, every weight shared with the stock layer is its to the bit."""
 
-    def set_up(self, encoder_layers: int, decoder_layers: int) -> None:
-        for name, _norm in list(self.named_children()):
-            if name.endswith("_layer_norm"):
-                setattr(self, name, OmegaLayerNorm(self.embed_dim, self.dropout_module))
+    def set_up(self, stack: str, layers: dict[str, int]) -> None:
+        for name in self.norm_names():
+            setattr(self, name, OmegaLayerNorm(self.embed_dim, self.dropout_module))
         self.dropout_module = nn.Identity()  # the norms own it now
+
+    @staticmethod
+    def set_up_stack(stack: nn.Module) -> None:
+        # The first omega of a stack would only rescale embeddings against fixed positions: it stays 1.
+        for norm in list(sub_layers(stack).values())[:1]:
+            norm.omega.requires_grad_(False)
 
     def residual_connection(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         return x, residual
@@ -148,10 +153,6 @@ class AdminModel(RuledModel):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        for stack in self.stacks().values():
-            # The first omega of a stack would only rescale embeddings against fixed positions: it stays 1.
-            for norm in list(sub_layers(stack).values())[:1]:
-                norm.omega.requires_grad_(False)
         self.register_forward_pre_hook(_warn_if_unset)
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> None:
