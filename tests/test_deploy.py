@@ -352,6 +352,55 @@ def test_who_left_is_not_translated_for():
     assert "four" not in str(batches)
 
 
+def test_a_client_that_closes_its_connection_has_left():
+    """Before its turn nothing is translated for it; while it is, the others' answers come all the same."""
+    batches, go_on = [], threading.Event()
+
+    class Translator:
+        source, target = "de", "en"
+
+        def translate(self, texts):
+            batches.append(texts)
+            go_on.wait(timeout=20)
+            return texts
+
+    def post(text):
+        connection = socket.create_connection(("127.0.0.1", port))
+        body = json.dumps({"text": text}).encode()
+        head = f"POST /translate HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        return connection
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        app = serve.application(Translator())
+        server = serve.uvicorn.Server(serve.uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            first = post("one")
+            while not batches:
+                time.sleep(0.02)
+            second, third = post("two"), post("three")
+            while app.state.batcher.waiting < len("onetwothree"):
+                time.sleep(0.02)
+            first.close()
+            second.close()
+            while app.state.batcher.waiting > len("three"):
+                time.sleep(0.02)
+            go_on.set()
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += third.recv(4096)
+            third.close()
+            assert answer.endswith(b'{"translation":"three"}')
+            assert batches == [[["one"]], [["three"]]]
+        finally:
+            go_on.set()
+            server.should_exit = True
+            thread.join()
+
+
 @pytest.mark.parametrize("port", ["99999", "taken"])
 def test_a_port_that_cannot_be_had(monkeypatch, port, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:

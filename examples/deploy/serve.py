@@ -116,13 +116,17 @@ class Batcher:
             batch = [(lines, result) for lines, result in batch if not result.done()]  # done: the client has left
             if not batch:
                 continue
+            error, translations = None, [None] * len(batch)
             try:
                 translations = await asyncio.to_thread(self.translator.translate, [lines for lines, _ in batch])
-            except Exception as error:  # the next batch may go well
-                for _, result in batch:
+            except Exception as raised:  # the next batch may go well
+                error = raised
+            for (_, result), translation in zip(batch, translations):
+                if result.done():
+                    continue
+                if error is not None:
                     result.set_exception(error)
-            else:
-                for (_, result), translation in zip(batch, translations):
+                else:
                     result.set_result(translation)
 
 
@@ -173,8 +177,16 @@ def application(translator: Translator) -> Starlette:
         return HTMLResponse(content, headers={"Content-Security-Policy": policy})
 
     async def translate(request: Request) -> Response:
-        lines = await request.app.state.batcher.translate(await read_lines(request))
-        return JSONResponse({"translation": "\n".join(lines)})
+        answer = asyncio.create_task(request.app.state.batcher.translate(await read_lines(request)))
+        left = asyncio.create_task(request.receive())  # the body is read: what comes next is that the client has left
+        try:
+            await asyncio.wait((answer, left), return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise ClientDisconnect
+            return JSONResponse({"translation": "\n".join(answer.result())})
+        finally:
+            answer.cancel()
+            left.cancel()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
