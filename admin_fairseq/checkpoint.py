@@ -16,10 +16,12 @@ import torch
 from fairseq.data import Dictionary
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import meters
-from omegaconf import AnyNode, DictConfig, ListConfig
+from omegaconf import AnyNode, DictConfig, ListConfig, OmegaConf
 from omegaconf.base import ContainerMetadata, Metadata
 
+from admin_fairseq.config import flat
 from admin_fairseq.errors import AdminError
+from admin_fairseq.files import writing
 
 
 def _safe_globals() -> dict[str, Any]:
@@ -54,9 +56,8 @@ class _SafePickle:
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
             module = _compat_pickle.IMPORT_MAPPING.get(module, module)  # protocol 2 writes Python 2's names
-            safe = {**SAFE_GLOBALS, "_codecs.encode": _encode, "collections.OrderedDict": OrderedDict}
-            if f"{module}.{name}" in safe:
-                return safe[f"{module}.{name}"]
+            if f"{module}.{name}" in _SAFE_BELOW_2_6:
+                return _SAFE_BELOW_2_6[f"{module}.{name}"]
             is_storage = module == "torch" and re.fullmatch(r"\w+Storage", name)
             is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
             is_tensor = module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter")
@@ -72,6 +73,9 @@ class _SafePickle:
 def _encode(text: str, encoding: str) -> bytes:
     """How protocol 2 writes the bytes of numpy's numbers."""
     return text.encode(encoding)
+
+
+_SAFE_BELOW_2_6 = {**SAFE_GLOBALS, "_codecs.encode": _encode, "collections.OrderedDict": OrderedDict}
 
 
 @contextlib.contextmanager
@@ -111,18 +115,34 @@ def load(path: str) -> dict[str, Any]:
     return state
 
 
+def settings(state: dict[str, Any]) -> argparse.Namespace:
+    """A checkpoint's settings as one flat namespace, from any of the forms in which fairseq has kept them.
+
+    Raises:
+        AdminError: there are none.
+    """
+    args, cfg = state.get("args"), state.get("cfg")
+    if isinstance(args, (dict, argparse.Namespace)):
+        return argparse.Namespace(**(args if isinstance(args, dict) else vars(args)))
+    if not isinstance(cfg, (dict, DictConfig)):
+        raise AdminError("it holds no settings")
+    options: dict[str, Any] = {}
+    names = {}
+    for section, values in cfg.items():
+        if isinstance(values, (dict, DictConfig)):
+            values = flat(OmegaConf.create(values)) if section == "model" else argparse.Namespace(**values)
+        if isinstance(values, argparse.Namespace):
+            options.update(vars(values))
+            if "_name" in options:
+                names["arch" if section == "model" else section] = options.pop("_name")
+    return argparse.Namespace(**{**options, **names})
+
+
 def save(state: dict[str, Any], path: str) -> None:
     """Write a checkpoint; the file appears whole or not at all.
 
     Raises:
         AdminError: it cannot be written.
     """
-    partial = f"{path}.tmp"
-    try:
-        with open(partial, "wb") as out:
-            torch.save(state, out)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(partial)
-        raise AdminError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+    with writing(path) as out:
+        torch.save(state, out)

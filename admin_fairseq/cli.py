@@ -7,13 +7,14 @@ import contextlib
 import os
 import signal
 import warnings
-from typing import Any, Iterator
+from typing import Iterator
 
 import admin_fairseq
 from admin_fairseq import checkpoint
 from admin_fairseq.average import average, select
 from admin_fairseq.deepen import deepen
 from admin_fairseq.errors import AdminError
+from admin_fairseq.files import refuse_output
 from admin_fairseq.fold import fold, unfold
 from admin_fairseq.legacy import import_checkpoint
 from admin_fairseq.show import show
@@ -59,8 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         description="Turn a checkpoint of Transformer-Clinic, deepnmt or admin-torch into one of transformer_admin"
         " that computes the same.",
     )
-    command.add_argument("input", metavar="IN", help="the checkpoint to read")
-    command.add_argument("output", metavar="OUT", help="the checkpoint to write")
+    _add_files(command)
     command.set_defaults(run=lambda args: print(import_checkpoint(args.input, args.output)))
 
     command = commands.add_parser(
@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         " into the weights around it. It needs no plugin.",
     )
     _add_files(command)
+    _add_keep_optimizer(command)
     command.add_argument(
         "--untie",
         action="store_true",
@@ -90,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         " the stock Post-LN model computes and continues to train with Admin.",
     )
     _add_files(command)
+    _add_keep_optimizer(command)
     command.set_defaults(run=_unfold)
 
     command = commands.add_parser(
@@ -98,8 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         description="Write a checkpoint of a deeper model with nearly the outputs of IN.pt: copies of its layers in"
         " between, with omega measured on the first training sentences. Train it by --finetune-from-model.",
     )
-    command.add_argument("input", metavar="IN.pt", help="the checkpoint to read")
-    command.add_argument("output", metavar="OUT.pt", help="the checkpoint to write")
+    _add_files(command)
     command.add_argument("data", metavar="DATA", help="the data-bin to measure on")
     command.add_argument("--encoder-layers", type=int, metavar="N", help="new depth (default: as it is)")
     command.add_argument("--decoder-layers", type=int, metavar="N", help="new depth (default: as it is)")
@@ -119,19 +120,12 @@ def main(argv: list[str] | None = None) -> None:
 def _add_files(command: argparse.ArgumentParser) -> None:
     command.add_argument("input", metavar="IN.pt", help="the checkpoint to read")
     command.add_argument("output", metavar="OUT.pt", help="the checkpoint to write")
+
+
+def _add_keep_optimizer(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--keep-optimizer", action="store_true", help="keep the state of --optimizer adam (default: leave it out)"
     )
-
-
-def _read(args: argparse.Namespace) -> dict[str, Any]:
-    """IN.pt, once it is clear that OUT.pt can be written and is another file."""
-    if os.path.realpath(args.input) == os.path.realpath(args.output):
-        raise AdminError(f"{args.output} is the file to read; give another name to write to")
-    folder = os.path.dirname(args.output) or "."
-    if os.path.isdir(args.output) or not os.access(folder, os.W_OK):
-        raise AdminError(f"cannot write {args.output}: it must be a file in a folder that exists and can be written to")
-    return checkpoint.load(args.input)
 
 
 @contextlib.contextmanager
@@ -144,7 +138,8 @@ def _named(path: str) -> Iterator[None]:
 
 
 def _fold(args: argparse.Namespace) -> None:
-    state = _read(args)
+    refuse_output(args.input, args.output)
+    state = checkpoint.load(args.input)
     with _named(args.input):
         folded = fold(state, args.untie, args.keep_optimizer)
     if args.verify is not None:
@@ -154,7 +149,8 @@ def _fold(args: argparse.Namespace) -> None:
 
 
 def _unfold(args: argparse.Namespace) -> None:
-    state = _read(args)
+    refuse_output(args.input, args.output)
+    state = checkpoint.load(args.input)
     with _named(args.input):
         unfolded = unfold(state, args.keep_optimizer)
     checkpoint.save(unfolded, args.output)
@@ -162,7 +158,8 @@ def _unfold(args: argparse.Namespace) -> None:
 
 
 def _deepen(args: argparse.Namespace) -> None:
-    state = _read(args)
+    refuse_output(args.input, args.output)
+    state = checkpoint.load(args.input)
     layers = {"encoder": args.encoder_layers, "decoder": args.decoder_layers}
     with _named(args.input):
         deeper, changes = deepen(state, args.data, layers, args.change)

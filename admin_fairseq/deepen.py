@@ -23,15 +23,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from fairseq import tasks, utils
 from torch import Tensor, nn
 
+from admin_fairseq.checkpoint import settings
 from admin_fairseq.errors import AdminError
-from admin_fairseq.fold import STOCK, State, Weights, finished, model_name, settings
+from admin_fairseq.fold import STOCK, State, Weights, finished, model_name
 from admin_fairseq.model import sub_layers
 from admin_fairseq.norm import OmegaLayerNorm
 from admin_fairseq.profiling import Sample
-from admin_fairseq.verify import build
+from admin_fairseq.verify import build, first_batches, load_data
+
+MEASURED = 200  # sentences
 
 
 class Change(NamedTuple):
@@ -46,7 +48,7 @@ def deepen(state: State, data: str, layers: dict[str, int], change: float = 0.1)
     """The checkpoint of a model with more layers, without optimizer state, and what it changes.
 
     Args:
-        data: a data-bin; the first 200 sentences of its training split are measured.
+        data: a data-bin; the first sentences of its training split are measured.
         layers: the new number of layers of "encoder" and "decoder".
         change: c above.
 
@@ -80,15 +82,9 @@ def deepen(state: State, data: str, layers: dict[str, int], change: float = 0.1)
     if not inserted:
         raise AdminError("it has as many layers already; ask for more by --encoder-layers or --decoder-layers")
 
-    args.data = data
-    task = tasks.setup_task(args)
-    task.load_dataset("train")
-    dataset = task.dataset("train")
-    before, after = build(state, task), task.build_model(args)
-    after.load_state_dict(weights)
-    limit = utils.resolve_max_positions(task.max_positions(), after.max_positions())
-    chosen, _ = dataset.filter_indices_by_size(dataset.ordered_indices()[:200], limit)
-    batch = dataset.collater([dataset[i] for i in chosen])
+    task, dataset = load_data(args, data, "train")
+    before, after = (build(part, task) for part in (state, {"args": args, "model": weights}))
+    (batch,) = first_batches(dataset, task, after, MEASURED, size=MEASURED)
     shares = _set_omega(before, after, Sample(batch["net_input"]), inserted, change)
     changes = {stack: Change(*depths[stack], share) for stack, share in shares.items()}
     omegas = {name: weight for name, weight in after.state_dict().items() if name.endswith(".omega")}
@@ -140,7 +136,7 @@ def _set_omega(before: Any, after: Any, sample: Sample, inserted: set[str], chan
         for name, stack in model.stacks().items():
             list(sub_layers(stack).values())[-1].register_forward_hook(partial(record, (model, name)))
         with torch.no_grad():
-            model.eval()(**sample.net_input, features_only=True)
+            model(**sample.net_input, features_only=True)
     return {
         name: ((outputs[after, name] - outputs[before, name]).var() / outputs[before, name].var()).item()
         for name in after.stacks()

@@ -23,6 +23,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_NAME_REGISTRY
 from fairseq.modules import SinusoidalPositionalEmbedding
 from torch import Tensor
 
+from admin_fairseq.checkpoint import settings
 from admin_fairseq.errors import AdminError
 from admin_fairseq.layers import FAST_PATH_COPIES
 
@@ -139,31 +140,6 @@ def unfold(state: State, keep_optimizer: bool = False) -> State:
         raise AdminError("its layers have no LayerNorms of the names that fairseq 0.12 gives them")
     optimizer = _moved_optimizer(state, args, state["model"], unfolded["model"], {}) if keep_optimizer else None
     return finished(unfolded, args, optimizer)
-
-
-def settings(state: State) -> Namespace:
-    """The checkpoint's settings as one flat namespace, from any of the forms in which fairseq keeps them.
-
-    Raises:
-        AdminError: there are none.
-    """
-    if state.get("args") is not None:
-        return Namespace(**vars(state["args"]))
-    cfg = state.get("cfg")
-    if cfg is None:
-        raise AdminError("it holds no settings")
-    flat: dict[str, Any] = {}
-    names = {}
-    for section, values in cfg.items():
-        values = vars(values) if isinstance(values, Namespace) else values
-        if isinstance(values, dict):
-            # of hydra's nested form the model's section also has the flat one
-            flat.update((name, value) for name, value in values.items() if not isinstance(value, dict))
-            if "_name" in values:
-                names["arch" if section == "model" else section] = values["_name"]
-    flat.update(names)
-    flat.pop("_name", None)
-    return Namespace(**flat)
 
 
 def model_name(args: Namespace) -> str | None:

@@ -10,7 +10,6 @@ documents ``residual_attn.omega`` and ``residual_ffn.omega`` (``as_module``), ``
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from argparse import ArgumentParser, Namespace
@@ -21,12 +20,12 @@ from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models.transformer.transformer_legacy import base_architecture
 from fairseq.tasks.translation import TranslationTask
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import ListConfig, OmegaConf
 from torch import Tensor
 
 from admin_fairseq import checkpoint
-from admin_fairseq.config import flat
 from admin_fairseq.errors import AdminError
+from admin_fairseq.files import refuse_output
 from admin_fairseq.model import AdminTransformer
 
 ADMIN, POST_LN = ("adaptive", "adaptive-profiling"), ("default", "looklinear")  # their --init-type
@@ -48,8 +47,7 @@ def import_checkpoint(source: str, target: str) -> str:
     Raises:
         AdminError: the file cannot be read, converted (see :func:`convert`) or written.
     """
-    if os.path.realpath(source) == os.path.realpath(target):
-        raise AdminError(f"{target} is the file to import; give another name to write to")
+    refuse_output(source, target)
     state = checkpoint.load(source)
     try:
         state = convert(state)
@@ -113,23 +111,16 @@ def convert(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _options(state: dict[str, Any]) -> dict[str, Any]:
-    """All options as one flat dictionary: from ``args`` (before fairseq 1.0), or from ``cfg``."""
-    options = _flat_options(state.get("args"))
-    if not options and isinstance(state.get("cfg"), (dict, DictConfig)):
-        task, model = (_flat_options(state["cfg"].get(section)) for section in ("task", "model"))
-        options = {**task, **model, "task": task.get("_name")}
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _flat_options(section: Any) -> dict[str, Any]:
-    if isinstance(section, (dict, DictConfig)):
-        section = OmegaConf.create(section)
-    return dict(vars(flat(section))) if isinstance(section, (Namespace, DictConfig)) else {}
+    """All options that say something, by name."""
+    try:
+        return {name: value for name, value in vars(checkpoint.settings(state)).items() if value is not None}
+    except AdminError:
+        return {}  # what is missing is then reported with the rest
 
 
 def _check(options: dict[str, Any]) -> list[str]:
     problems = []
-    arch = options.get("arch") or options.get("_name")
+    arch = options.get("arch")
     if not re.fullmatch(r"(adv_)?transformer(_\w+)?", str(arch)) or "_lm" in str(arch):
         problems.append(f"its architecture is {arch}, not an encoder-decoder Transformer")
     task = options.get("task", "translation")

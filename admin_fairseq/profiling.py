@@ -16,7 +16,6 @@ import inspect
 import json
 import logging
 import math
-import os
 import threading
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from admin_fairseq.errors import AdminError
+from admin_fairseq.files import writing
 from admin_fairseq.model import AdminModel, set_omega, sub_layers
 from admin_fairseq.norm import OmegaLayerNorm
 
@@ -101,15 +101,8 @@ class Profile:
             AdminError: it cannot be written.
         """
         text = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
-        partial_path = f"{path}.tmp"
-        try:
-            with open(partial_path, "w", encoding="utf-8") as out:
-                out.write(text + "\n")
-            os.replace(partial_path, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.remove(partial_path)
-            raise AdminError(f"cannot write the profile {path}: {error.strerror}") from error
+        with writing(path, f"the profile {path}") as out:
+            out.write(f"{text}\n".encode())
 
 
 def read_profile(path: str, encoder_sub_layers: int | None = None, decoder_sub_layers: int | None = None) -> Profile:

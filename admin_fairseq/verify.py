@@ -13,8 +13,9 @@ from fairseq import tasks, utils
 from fairseq.dataclass.configs import GenerationConfig
 from torch import nn
 
+from admin_fairseq.checkpoint import settings
 from admin_fairseq.errors import AdminError
-from admin_fairseq.fold import State, Weights, fold, settings
+from admin_fairseq.fold import State, Weights, fold
 
 # float64 shows that the two are the same function, float32 how well the file's rounded weights compute it
 LARGEST_ABSOLUTE = 1e-9
@@ -32,15 +33,13 @@ def verify(state: State, folded: State, data: str, sentences: int = 200, untie: 
     Raises:
         AdminError: a difference is larger than rounding explains, a translation differs, or there is no sentence.
     """
-    task, dataset = _load(settings(state), data)
+    task, dataset = load_data(settings(state), data, "test", "valid")
     exact = fold({**state, "model": _to(state["model"], torch.float64)}, untie)
     weights = next(weight for weight in folded["model"].values() if weight.is_floating_point())
     failures = []
     for dtype, other in ((torch.float64, exact), (torch.float32, folded)):
-        pair = [_build(part, task, dtype) for part in (state, other)]
-        batches = _batches(
-            dataset, utils.resolve_max_positions(task.max_positions(), pair[0].max_positions()), sentences
-        )
+        pair = [build(part, task, dtype) for part in (state, other)]
+        batches = first_batches(dataset, task, pair[0], sentences, size=20)
         # fairseq takes the softmax of attention in float32, whatever the model's dtype
         softmax = _softmax if dtype == torch.float64 else utils.softmax
         absolute = relative = 0.0
@@ -64,47 +63,47 @@ def verify(state: State, folded: State, data: str, sentences: int = 200, untie: 
         raise AdminError("the fold does not compute the same: " + "; ".join(failures))
 
 
-def _load(args: Namespace, data: str) -> tuple[Any, Any]:
-    """The task on this data, and its test split, or valid."""
+def load_data(args: Namespace, data: str, *splits: str) -> tuple[Any, Any]:
+    """The task of these settings on a data-bin, and the first of its splits that is there."""
     args.data = data
     task = tasks.setup_task(args)
-    try:
-        task.load_dataset("test")
-        return task, task.dataset("test")
-    except FileNotFoundError:
-        task.load_dataset("valid")
-        return task, task.dataset("valid")
+    for split in splits:
+        try:
+            task.load_dataset(split)
+            return task, task.dataset(split)
+        except FileNotFoundError:
+            if split == splits[-1]:
+                raise
 
 
-def _batches(dataset: Any, limit: Any, sentences: int) -> list[dict[str, Any]]:
-    """The first sentences of those that are no longer than the model's positions."""
+def first_batches(dataset: Any, task: Any, model: nn.Module, sentences: int, size: int) -> list[dict[str, Any]]:
+    """The first sentences of those that are no longer than the model's positions, ``size`` in a batch.
+
+    Raises:
+        AdminError: there is none.
+    """
+    limit = utils.resolve_max_positions(task.max_positions(), model.max_positions())
     chosen, _ = dataset.filter_indices_by_size(np.arange(len(dataset)), limit)
     chosen = chosen[: max(sentences, 0)]
     if not len(chosen):
         raise AdminError("there is no sentence to compare")
-    return [dataset.collater([dataset[i] for i in chosen[at : at + 20]]) for at in range(0, len(chosen), 20)]
+    return [dataset.collater([dataset[i] for i in chosen[at : at + size]]) for at in range(0, len(chosen), size)]
 
 
-def build(state: State, task: Any) -> nn.Module:
-    """The checkpoint's model.
+def build(state: State, task: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The checkpoint's model, to evaluate.
 
     Raises:
         AdminError: its weights do not fit, as when the data has another dictionary.
     """
-    model = task.build_model(settings(state))
+    model = task.build_model(settings(state)).to(dtype)
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(_to(state["model"], dtype))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise AdminError(
             f"the weights do not fit a model for DATA; is it the one of the training? ({reason})"
         ) from error
-    return model
-
-
-def _build(state: State, task: Any, dtype: torch.dtype) -> nn.Module:
-    model = build(state, task).to(dtype)
-    model.load_state_dict(_to(state["model"], dtype))
     for module in model.modules():
         module.can_use_fastpath = False  # fairseq 0.12.2's own encoder fails there with torch 1.13 and newer
     return model.eval()

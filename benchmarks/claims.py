@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import re
 import shlex
 import statistics
@@ -31,7 +30,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from admin_fairseq.errors import AdminError  # noqa: E402
-from benchmarks.compare import Data, write  # noqa: E402
+from benchmarks.compare import Data, as_csv, split_options, write  # noqa: E402
 from benchmarks.figures import panels  # noqa: E402
 
 
@@ -86,9 +85,7 @@ def run(name: str, args: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    argv, extra = sys.argv[1:], []
-    if "--" in argv:
-        argv, extra = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    argv, extra = split_options(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, metavar="DATA-BIN", help="folder that fairseq-preprocess wrote")
     parser.add_argument("--experiment", choices=EXPERIMENTS, required=True)
@@ -101,11 +98,7 @@ def main() -> None:
     args = parser.parse_args(argv)
     args.extra = extra
     rows = run(args.experiment, args)
-    text = io.StringIO()
-    table = csv.DictWriter(text, rows[0], lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write(args.out / f"{args.experiment}.csv", text.getvalue())
+    write(args.out / f"{args.experiment}.csv", as_csv(rows, rows[0]))
     axis = "warmup" if args.experiment == "warmup" else "lr"
     lines = {}
     for method, variant in dict.fromkeys((row["method"], row["variant"]) for row in rows):

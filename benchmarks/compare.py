@@ -52,6 +52,7 @@ import fairseq  # noqa: E402
 from fairseq.data import Dictionary, data_utils  # noqa: E402
 from admin_fairseq.architectures import METHODS  # noqa: E402
 from admin_fairseq.errors import DATA_HINT, AdminError  # noqa: E402
+from admin_fairseq.files import writing  # noqa: E402
 from benchmarks import divergence  # noqa: E402
 from benchmarks.divergence import DIVERGED, context_free_perplexities, final_loss, judge, smooth  # noqa: E402
 from benchmarks.figures import panels  # noqa: E402
@@ -371,9 +372,8 @@ def given(option: str, words: list[str]) -> bool:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
+    with writing(str(path)) as out:
+        out.write(content.encode() if isinstance(content, str) else content)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -407,11 +407,15 @@ def best(results: dict[Run, Result]) -> dict[tuple[str, str], list[Run]]:
 
 def table_csv(results: dict[Run, Result]) -> str:
     chosen = {run for group in best(results).values() for run in group}
+    rows = ({**result, **asdict(run), "best": "yes" if run in chosen else "no"} for run, result in results.items())
+    return as_csv(rows, COLUMNS)
+
+
+def as_csv(rows: Iterable[dict[str, Any]], columns: Iterable[str]) -> str:
     out = io.StringIO()
-    rows = csv.DictWriter(out, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    rows.writeheader()
-    for run, result in results.items():
-        rows.writerow({**result, **asdict(run), "best": "yes" if run in chosen else "no"})
+    table = csv.DictWriter(out, list(columns), extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
     return out.getvalue()
 
 
@@ -517,8 +521,13 @@ def several(kind: Callable[[str], Any], what: str, pattern: str) -> Callable[[st
     return parse
 
 
+def split_options(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The script's own options, and those for fairseq-train behind --."""
+    return (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
-    argv, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    argv, extra = split_options(argv)
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="Verdicts. " + divergence.__doc__,

@@ -24,10 +24,10 @@ from test_language_model import build as build_lm
 from test_language_model import text  # noqa: F401  (a fixture)
 
 from admin_fairseq import AdminError, sub_layers
-from admin_fairseq.checkpoint import load
+from admin_fairseq.checkpoint import load, settings
 from admin_fairseq.cli import main
 from admin_fairseq.errors import explain
-from admin_fairseq.fold import fold, settings, unfold
+from admin_fairseq.fold import fold, unfold
 from admin_fairseq.model import FAST_PATH_COPIES
 from admin_fairseq.verify import build as build_from
 from admin_fairseq.verify import verify

@@ -1,0 +1,39 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import IO, Iterator
+
+from admin_fairseq.errors import AdminError
+
+
+@contextlib.contextmanager
+def writing(path: str, name: str | None = None) -> Iterator[IO[bytes]]:
+    """A file to write to, renamed to ``path`` once all is well; ``name`` is what messages call it.
+
+    Raises:
+        AdminError: it cannot be written.
+    """
+    partial = f"{path}.tmp"
+    try:
+        with open(partial, "wb") as out:
+            yield out
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        raise AdminError(f"cannot write {name or path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def refuse_output(source: str, path: str) -> None:
+    """Say before a long conversion what would go wrong after it.
+
+    Raises:
+        AdminError: ``path`` is the file that is read, or cannot be written.
+    """
+    if os.path.realpath(source) == os.path.realpath(path):
+        raise AdminError(f"{path} is the file to read; give another name to write to")
+    if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+        raise AdminError(f"cannot write {path}: it must be a file in a folder that exists and can be written to")
