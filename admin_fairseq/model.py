@@ -72,6 +72,9 @@ CLOSED_FORMS = {
 }
 
 
+FAST = ("measured", "all", "off")  # --admin-fast
+
+
 class AdminModel(RuledModel):
     """What Admin models share; mixed in before fairseq's model class.
 
@@ -85,11 +88,13 @@ class AdminModel(RuledModel):
         "admin_profile": None,
         "admin_profile_batches": None,
         "admin_omega": "vector",
+        "admin_fast": "measured",
     }
     omega_source = "unset"
     admin_init: str
     admin_profile: str | None
     admin_profile_batches: int | None
+    admin_fast: str
 
     @staticmethod
     def add_own_args(parser: ArgumentParser) -> None:
@@ -118,6 +123,12 @@ class AdminModel(RuledModel):
             help="what is trained of omega: one number a dimension (vector, default), one number a sub-layer (scalar),"
             " or nothing (fixed)",
         )
+        parser.add_argument(
+            "--admin-fast",
+            choices=FAST,
+            help="which of the faster computations of the same values to use: those that were measured to help on this"
+            " kind of device (measured, default), those too that were not measured there (all), or none (off)",
+        )
 
     @classmethod
     def check(cls, args: Namespace) -> None:
@@ -127,6 +138,9 @@ class AdminModel(RuledModel):
             raise AdminError(f"--admin-init {init}: choose profile, logn, sqrt or unit")
         if args.admin_omega not in ("vector", "scalar", "fixed"):
             raise AdminError(f"--admin-omega {args.admin_omega}: choose vector, scalar or fixed")
+        fast = getattr(args, "admin_fast", "measured")
+        if fast not in FAST:
+            raise AdminError(f"--admin-fast {fast}: choose measured, all or off")
         if profile is not None and init != "profile":
             raise AdminError(f"--admin-profile and --admin-init {init} exclude each other; give one of them")
         if batches is not None and (profile is not None or init != "profile"):
@@ -139,6 +153,7 @@ class AdminModel(RuledModel):
     def finish(cls, model: AdminModel, args: Namespace) -> AdminModel:
         for option in ("admin_init", "admin_profile", "admin_profile_batches"):
             setattr(model, option, getattr(args, option))
+        model.admin_fast = getattr(args, "admin_fast", "measured")  # checkpoints of version 0.1.0 lack it
         for stack in model.stacks().values():
             norms = list(sub_layers(stack).values())
             for norm in norms:
