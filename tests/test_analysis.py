@@ -22,7 +22,7 @@ from admin_fairseq.analysis.amplification import Case, by_noise, by_update, chan
 from admin_fairseq.analysis.dependency import _normalised, dependency_map, measure
 from admin_fairseq.analysis.figures import Page, write
 from admin_fairseq.analysis.probe import SubLayer, observe
-from admin_fairseq.analysis.subject import method_name, stacks
+from admin_fairseq.analysis.subject import method_name, stacks, use_xavier
 from admin_fairseq.profiling import Sample
 
 pytest.importorskip("matplotlib")
@@ -247,7 +247,7 @@ def test_the_first_layers_of_a_deep_stack_are_a_shallow_one(method, stack):
 def test_xavier_draws_feed_forward_weights_wider(build):
     model, _, _ = build("transformer_postln", "--encoder-embed-dim", "256", "--encoder-ffn-embed-dim", "1024")
     before = model.encoder.layers[0].fc2.weight.var().item()
-    amplification.use_xavier(model)
+    use_xavier(model)
     assert model.encoder.layers[0].fc2.weight.var().item() == pytest.approx(2 / 1280, rel=0.02)
     assert before == pytest.approx(1 / 3072, rel=0.02)
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from admin_fairseq.analysis.figures import MARKERS, Page, pyplot, style, write
-from admin_fairseq.analysis.subject import DEFAULT_ARCHS, configure, method_name, parse, stacks, subjects
+from admin_fairseq.analysis.subject import DEFAULT_ARCHS, configure, method_name, parse, stacks, subjects, use_xavier
 from admin_fairseq.errors import AdminError
 from admin_fairseq.methods import DeepNorm
 from admin_fairseq.model import AdminModel
@@ -38,7 +38,7 @@ from admin_fairseq.profiling import Sample, profile
 LR = 1e-4  # of the one update
 PER_LAYER = {"encoder": 2, "decoder": 3}
 AUTHORS = {"postln": "2,150 to 2,200", "preln": "165", "admin": "155"}  # read off their figure, at N = 200
-SENTENCES, LENGTH, WORDS = 16, 4, 1000  # of the random batch
+SENTENCES, LENGTH, WORDS = 4, 32, 1000  # of the random batch
 
 
 @dataclass
@@ -145,18 +145,6 @@ def grid(sub_layers: int, per_layer: int) -> list[int]:
     return sorted({round(layers) for layers in wanted})
 
 
-def use_xavier(model: nn.Module) -> None:
-    """Draw feed-forward weights as the authors' fairseq did: Xavier's uniform distribution, biases 0.
-
-    Later releases leave torch's default, whose second matrix has a fifth of the variance.
-    Source: Transformer-Clinic, transformer_layer.py, ``Linear``.
-    """
-    for name, module in model.named_modules():
-        if name.endswith((".fc1", ".fc2")):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-
-
 def random_case(arch: str, stack: str, seed: int, args: argparse.Namespace) -> Case:
     """A deep stack of an architecture, on sentences of random words; the other stack has one layer.
 
@@ -172,7 +160,7 @@ def random_case(arch: str, stack: str, seed: int, args: argparse.Namespace) -> C
     utils.set_torch_seed(seed)
     task = TranslationTask(cfg.task, words, words)
     model = task.build_model(cfg.model)
-    if args.ffn_init == "xavier":
+    if args.ffn_init != "fairseq":
         use_xavier(model)
     device = "cuda" if torch.cuda.is_available() and not cfg.common.cpu else "cpu"
     generator = torch.Generator().manual_seed(seed)
@@ -186,12 +174,16 @@ def random_case(arch: str, stack: str, seed: int, args: argparse.Namespace) -> C
     return Case(method_name(arch), stack, model.eval(), task.build_criterion(cfg.criterion), batch)
 
 
+def has_data(args: argparse.Namespace) -> bool:
+    """Whether the command line names models or data of its own; without, deep stacks read random words."""
+    return bool(args.path) or (bool(args.rest) and not args.rest[0].startswith("-"))
+
+
 def cases(args: argparse.Namespace) -> Iterator[tuple[Case, list[int]]]:
     """What to measure, each with the seeds of its noise."""
     seeds = list(range(1, args.seeds + 1))
-    has_data = bool(args.rest) and not args.rest[0].startswith("-")
-    if has_data or args.path:
-        for subject in subjects(args.path, args.arch, args.rest):
+    if has_data(args):
+        for subject in subjects(args.path, args.arch, args.rest, ffn_init=args.ffn_init):
             name = subject.label if args.path else subject.method
             batches = subject.trainer.get_train_iterator(epoch=1).next_epoch_itr(shuffle=True)
             batch, _ = subject.trainer._prepare_sample(next(batches))
@@ -226,7 +218,8 @@ def run(args: argparse.Namespace) -> None:
             per_layer = _per_layer(case)
             updates[key] = {n * per_layer: by_update(case, n, LR) for n in _few(deepest)}
         sizes = {"width": case.module.layers[0].embed_dim, "positions": _positions(case)}
-    data = {"settings": {"noise": args.noise, "lr": LR, "seeds": args.seeds, "ffn_init": args.ffn_init, **sizes}}
+    start = args.ffn_init or ("fairseq" if has_data(args) else "xavier")
+    data = {"settings": {"noise": args.noise, "lr": LR, "seeds": args.seeds, "ffn_init": start, **sizes}}
     for (name, stack), runs in noise.items():
         per_layer = min(updates[name, stack])
         layers = grid(per_layer * len(runs[0]), per_layer)

@@ -53,6 +53,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="ARCH",
         help="architectures at initialisation (default: transformer_postln transformer_preln transformer_admin)",
     )
+    parser.add_argument(
+        "--ffn-init",
+        choices=["xavier", "fairseq"],
+        help="how feed-forward weights start: as in the authors' fairseq, or as in this one (default; amplification"
+        " without DATA: xavier)",
+    )
 
 
 def _dependency(parser: argparse.ArgumentParser) -> None:
@@ -67,12 +73,6 @@ def _amplification(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=int, default=4, metavar="N", help="stacks to average over (default: 4)")
     parser.add_argument("--sub-layers", type=int, default=200, metavar="N", help="without DATA: depth (default: 200)")
-    parser.add_argument(
-        "--ffn-init",
-        choices=["xavier", "fairseq"],
-        default="xavier",
-        help="without DATA: how feed-forward weights are drawn, as in the authors' fairseq (default) or in this one",
-    )
 
 
 def _gradients(parser: argparse.ArgumentParser) -> None:

@@ -111,7 +111,8 @@ def run(args: argparse.Namespace) -> None:
         AdminError: bad input.
     """
     models = []
-    for subject in tqdm(subjects(args.path, args.arch, args.rest), desc="dependency", unit="model", delay=3):
+    found = subjects(args.path, args.arch, args.rest, ffn_init=args.ffn_init)
+    for subject in tqdm(found, desc="dependency", unit="model", delay=3):
         measured = measure(subject.model, subject.samples[0], args.positions)
         models.append({"method": subject.method, "when": subject.when, "stacks": measured})
     rows = [
@@ -157,7 +158,7 @@ def _lines(models: list[dict[str, Any]], names: list[str]) -> Any:
     plt = pyplot()
     methods = list(dict.fromkeys(model["method"] for model in models))
     both = any(model["when"] == AFTER for model in models)
-    figure, axes = plt.subplots(1, len(names), figsize=(1.5 + 3.4 * len(names), 3.4), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(names), figsize=(1.5 + 3.9 * len(names), 3.6), sharey=True, squeeze=False)
     for axis, stack in zip(axes[0], names):
         for model in models:
             if stack not in model["stacks"]:
@@ -167,7 +168,7 @@ def _lines(models: list[dict[str, Any]], names: list[str]) -> Any:
             if both:
                 look["linestyle"] = "-" if model["when"] == AFTER else ":"
             label = f"{model['method']}, {model['when']}" if both else model["method"]
-            axis.plot(range(1, len(share) + 1), share, label=label, marker="o", markersize=2.5, **look)
+            axis.plot(range(1, len(share) + 1), share, label=label, marker="o", markersize=2, **look)
         axis.set(xlabel=f"{stack} sub-layer, from the input", xlim=(0.5, None))
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0][0].set(ylabel="Var[f] / Var[x + f]", ylim=(0, None))

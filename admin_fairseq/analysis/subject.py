@@ -79,11 +79,14 @@ def configure(args: Namespace) -> Any:
     return convert_namespace_to_omegaconf(args)
 
 
-def start(cfg: Any, state: dict[str, Any] | None = None, batches: int = 1) -> tuple[Trainer, list[Sample]]:
+def start(
+    cfg: Any, state: dict[str, Any] | None = None, batches: int = 1, ffn_init: str | None = None
+) -> tuple[Trainer, list[Sample]]:
     """A trainer as fairseq-train has it in front of the first update, Admin's omega set, and the first batches.
 
     Args:
         state: a checkpoint, whose weights the model gets.
+        ffn_init: "xavier" for :func:`use_xavier` on a model that starts.
 
     Raises:
         AdminError: the checkpoint does not fit DATA.
@@ -94,6 +97,8 @@ def start(cfg: Any, state: dict[str, Any] | None = None, batches: int = 1) -> tu
     model = task.build_model(cfg.model) if state is None else build(state, task)
     for module in model.modules():
         module.can_use_fastpath = False  # fairseq 0.12.2's own, which calls no residual_connection
+    if state is None and ffn_init == "xavier":
+        use_xavier(model)
     trainer = Trainer(cfg, task, model, task.build_criterion(cfg.criterion))
     trainer.get_train_iterator(epoch=1, load_dataset=True)
     if state is None and isinstance(model, AdminModel):
@@ -101,7 +106,9 @@ def start(cfg: Any, state: dict[str, Any] | None = None, batches: int = 1) -> tu
     return trainer, hooks.first_samples(trainer, batches)
 
 
-def subjects(paths: Sequence[str], archs: Sequence[str], rest: Sequence[str], batches: int = 1) -> Iterator[Subject]:
+def subjects(
+    paths: Sequence[str], archs: Sequence[str], rest: Sequence[str], batches: int = 1, ffn_init: str | None = None
+) -> Iterator[Subject]:
     """The models of a command line, one after the other, so that only one needs memory at a time.
 
     Args:
@@ -121,10 +128,22 @@ def subjects(paths: Sequence[str], archs: Sequence[str], rest: Sequence[str], ba
             args = Namespace(**{**vars(args), **vars(given)})
             method = method_name(args.arch) + (f" ({path})" if names.count(args.arch) > 1 else "")
             for when, state in ((BEFORE, None), (AFTER, states[path])):
-                yield Subject(method, when, *start(configure(args), state, batches))
+                yield Subject(method, when, *start(configure(args), state, batches, ffn_init))
     else:
         for arch in archs or DEFAULT_ARCHS:
-            yield Subject(method_name(arch), BEFORE, *start(configure(parse(arch, rest)), None, batches))
+            yield Subject(method_name(arch), BEFORE, *start(configure(parse(arch, rest)), None, batches, ffn_init))
+
+
+def use_xavier(model: nn.Module) -> None:
+    """Draw feed-forward weights as the authors' fairseq did: Xavier's uniform distribution, biases 0.
+
+    Later releases leave torch's default, whose second matrix has a fifth of the variance.
+    Source: Transformer-Clinic, transformer_layer.py, ``Linear``.
+    """
+    for name, module in model.named_modules():
+        if name.endswith((".fc1", ".fc2")):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
 
 
 def method_name(arch: str) -> str:
