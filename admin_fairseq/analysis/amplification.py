@@ -35,7 +35,7 @@ from admin_fairseq.methods import DeepNorm
 from admin_fairseq.model import AdminModel
 from admin_fairseq.profiling import Sample, profile
 
-LR = 1e-4  # of the one update
+LR = 1e-5  # of the one update; at 1e-4 Post-LN is already as far off as unrelated outputs
 PER_LAYER = {"encoder": 2, "decoder": 3}
 AUTHORS = {"postln": "2,150 to 2,200", "preln": "165", "admin": "155"}  # read off their figure, at N = 200
 SENTENCES, LENGTH, WORDS = 4, 32, 1000  # of the random batch
