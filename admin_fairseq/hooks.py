@@ -24,7 +24,7 @@ import torch
 from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
 
-from admin_fairseq import checkpoint
+from admin_fairseq import checkpoint, metrics
 from admin_fairseq.errors import AdminError
 from admin_fairseq.layers import FULLY_SHARDED, RuledModel
 from admin_fairseq.model import AdminModel, sub_layers
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def install() -> None:
-    """Wrap ``Trainer._build_optimizer``, and let torch >= 2.6 load the checkpoints that fairseq writes."""
+    """Wrap two of Trainer's methods, and let torch >= 2.6 load the checkpoints that fairseq writes."""
     build_optimizer = Trainer._build_optimizer
     if hasattr(build_optimizer, "starts_omega"):  # a copy of this package under another name is a second user dir
         return
@@ -51,6 +51,17 @@ def install() -> None:
 
     start_omega_then_build_optimizer.starts_omega = True
     Trainer._build_optimizer = start_omega_then_build_optimizer
+
+    begin_epoch = Trainer.begin_epoch
+
+    @functools.wraps(begin_epoch)
+    def log_omega_and_begin_epoch(trainer: Trainer, epoch: int) -> None:
+        if isinstance(trainer.get_model(), AdminModel):
+            metrics.log_omega(trainer)  # after a checkpoint's metrics, if any, have replaced those of the start
+        begin_epoch(trainer, epoch)
+
+    Trainer.begin_epoch = log_omega_and_begin_epoch
+    metrics.keep_out_of_text()
 
     if torch.__version__ >= "2.6":
         # from here on torch.load refuses classes that are not listed
