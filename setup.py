@@ -28,7 +28,7 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["admin_fairseq"],
+    packages=["admin_fairseq", "admin_fairseq.analysis"],
     python_requires=">=3.8",
     install_requires=["torch>=1.12", "numpy", "tqdm>=4.58", "sacrebleu", "sacremoses", "subword-nmt"],
     extras_require={
@@ -38,6 +38,7 @@ setup(
             "fairseq-fixed==0.12.3.1; python_version >= '3.11'",
             "fairseq==0.12.2; python_version < '3.11'",
         ],
+        "analyze": ["matplotlib"],
         "demo": ["matplotlib"],
         "deploy": ["ctranslate2>=4", "starlette", "uvicorn"],
         "test": ["pytest", "pytest-xdist", "ruff", "tensorboard"],

@@ -11,6 +11,7 @@ from typing import Iterator
 
 import admin_fairseq
 from admin_fairseq import checkpoint
+from admin_fairseq.analysis.cli import add_parser as add_analyze
 from admin_fairseq.average import average, select
 from admin_fairseq.deepen import deepen
 from admin_fairseq.errors import AdminError
@@ -113,7 +114,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     command.set_defaults(run=_deepen)
 
-    args = parser.parse_args(argv)
+    add_analyze(commands)
+
+    args, args.rest = parser.parse_known_args(argv)
+    if args.rest and not getattr(args, "takes_rest", False):
+        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     args.run(args)
 
 

@@ -124,7 +124,7 @@ def _profile(trainer: Trainer) -> None:
         return moments
 
     with _random_state_kept(trainer.device):
-        samples = _first_samples(trainer, model.admin_profile_batches or 1)
+        samples = first_samples(trainer, model.admin_profile_batches or 1)
         with torch.autocast("cuda", enabled=cfg.common.amp and trainer.cuda):
             result = profile(model, samples, reduce, progress=trainer.is_data_parallel_master)
     result.settings = {
@@ -158,7 +158,7 @@ def _first_and_last(model: AdminModel) -> str:
     return ", ".join(parts)
 
 
-def _first_samples(trainer: Trainer, count: int) -> list[Sample]:
+def first_samples(trainer: Trainer, count: int) -> list[Sample]:
     """The batches that this worker's first ``count`` updates will see, without consuming them."""
     cfg, model = trainer.cfg, trainer.get_model()
     epoch_itr = trainer.get_train_iterator(
@@ -171,7 +171,7 @@ def _first_samples(trainer: Trainer, count: int) -> list[Sample]:
         shuffle=epoch_itr.next_epoch_idx > cfg.dataset.curriculum,
         fix_batches_to_gpus=cfg.distributed_training.fix_batches_to_gpus,
     )
-    needed = {"src_tokens", "prev_output_tokens"} if "encoder" in model.stacks() else {"src_tokens"}
+    needed = {"src_tokens", "prev_output_tokens"} if hasattr(model, "encoder") else {"src_tokens"}
     samples = []
     for number, batch in enumerate(itertools.islice(batches, count)):
         # a worker whose shard has run out runs fairseq's dummy batch, which does not count

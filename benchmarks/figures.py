@@ -11,9 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker
 
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")  # Okabe-Ito, without yellow
-DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))  # methods that share a colour differ in dashes
-GREY = {"color": "grey", "linewidth": 1, "linestyle": DASHES[1]}
+from admin_fairseq.analysis.figures import GREY, style
 
 
 def panels(
@@ -30,7 +28,7 @@ def panels(
     """
     titles, methods = (list(dict.fromkeys(key[i] for key in lines)) for i in (0, 1))
     values = [y for _, ys in lines.values() for y in ys if math.isfinite(y)] + [unigram]
-    low, top, n = min(values) * 0.9, min(max(values) * 1.3, 4 * unigram), len(COLOURS)
+    low, top = min(values) * 0.9, min(max(values) * 1.3, 4 * unigram)
     size = (1 + 4.4 * len(titles), 4.6)
     figure, axes = pyplot.subplots(1, len(titles), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, title in zip(axes[0], titles):
@@ -38,11 +36,11 @@ def panels(
         ends: list[Any] = []
         for i, method in enumerate(methods):
             xs, ys = lines.get((title, method), ((), ()))
-            style = {"color": COLOURS[i % n], "linestyle": DASHES[(i % n + i // n) % len(DASHES)]}
-            axis.plot(xs, ys, linewidth=1.5, marker="o" if ticks else None, markersize=4, **style)
+            look = style(i)
+            axis.plot(xs, ys, linewidth=1.5, marker="o" if ticks else None, markersize=4, **look)
             points = [(x, y) for x, y in zip(xs, ys) if math.isfinite(y)]
             if points:
-                ends.append((points[-1][0], min(points[-1][1], top), method, style))
+                ends.append((points[-1][0], min(points[-1][1], top), method, look))
         if ticks:
             axis.set(xscale="log", xticks=ticks)
             axis.xaxis.set_major_formatter("{x:g}")
@@ -62,17 +60,17 @@ def panels(
 
 
 def _label(axis: Any, ends: list[tuple[float, float, str, dict[str, Any]]]) -> None:
-    """Write (x, y, text, style) to the right of the panel, each near the height of its point, none over another."""
+    """Write (x, y, text, look) to the right of the panel, each near the height of its point, none over another."""
     inside, gap = axis.transData + axis.transAxes.inverted(), 0.045
-    ends = sorted(((*inside.transform((x, y)), text, style) for x, y, text, style in ends), key=lambda end: end[1])
+    ends = sorted(((*inside.transform((x, y)), text, look) for x, y, text, look in ends), key=lambda end: end[1])
     up, down = [], []  # pushed apart from below and from above: the mean of both stays near the points
     for _, y, *_ in ends:
         up.append(max(y, up[-1] + gap) if up else y)
     for _, y, *_ in reversed(ends):
         down.append(min(y, down[-1] - gap) if down else y)
-    for i, ((x, y, text, style), *both) in enumerate(zip(ends, up, reversed(down))):
+    for i, ((x, y, text, look), *both) in enumerate(zip(ends, up, reversed(down))):
         height = min(max(sum(both) / 2, i * gap), 1 - (len(ends) - 1 - i) * gap)
-        leader = {"arrowstyle": "-", "linewidth": 1, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 0, **style}
+        leader = {"arrowstyle": "-", "linewidth": 1, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 0, **look}
         axis.annotate(
             *(text, (x, y), (1.06, height), "axes fraction", "axes fraction", leader),
             fontsize=8,

@@ -23,9 +23,10 @@ from fairseq.data import Dictionary
 from fairseq.scoring.bleu import BleuConfig, Scorer
 
 from admin_fairseq import AdminError
+from admin_fairseq.analysis.figures import COLOURS, DASHES
 from benchmarks import compare
 from benchmarks.divergence import context_free_perplexities, judge
-from benchmarks.figures import COLOURS, DASHES, panels
+from benchmarks.figures import panels
 
 UNIGRAM, POSITIONAL = 288.0, 174.0
 WIDTHS = [*TINY[:8], "--max-tokens", "600", "--cpu"]

@@ -1,0 +1,86 @@
+"""The command ``admin-fairseq analyze``; torch, fairseq and matplotlib are imported by what it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+from typing import Any, Callable
+
+from admin_fairseq.errors import AdminError
+
+USAGE = "admin-fairseq analyze {name} [DATA] --out DIR [options] [fairseq-train's options]"
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``analyze`` to the sub-commands. What its parsers do not know is fairseq-train's, in ``args.rest``."""
+    command = commands.add_parser(
+        "analyze",
+        help="measure and draw why training is hard: dependency, amplification, gradients, omega",
+        description="The paper's analyses on any fairseq Transformer, from checkpoints or at initialisation.",
+    )
+    analyses = command.add_subparsers(dest="analysis", metavar="ANALYSIS", required=True)
+    for name, (text, add) in ANALYSES.items():
+        analysis = analyses.add_parser(
+            name, help=text, description=text, usage=USAGE.format(name=name), allow_abbrev=False
+        )
+        _add_common(analysis)
+        add(analysis)
+        analysis.set_defaults(run=run, takes_rest=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises:
+    AdminError: bad input.
+    """
+    if os.path.exists(args.out) and not os.path.isdir(args.out):
+        raise AdminError(f"--out {args.out}: not a folder")
+    importlib.import_module("admin_fairseq.analysis.figures").pyplot()  # matplotlib is missed before the work
+    importlib.import_module(f"admin_fairseq.analysis.{args.analysis}").run(args)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write to")
+    parser.add_argument("--format", choices=["svg", "png"], default="svg", help="of the figures (default: svg)")
+    models = parser.add_mutually_exclusive_group()
+    models.add_argument(
+        "--path", nargs="+", default=[], metavar="CKPT", help="checkpoints, each measured before and after its training"
+    )
+    models.add_argument(
+        "--arch",
+        nargs="+",
+        default=[],
+        metavar="ARCH",
+        help="architectures at initialisation (default: transformer_postln transformer_preln transformer_admin)",
+    )
+
+
+def _dependency(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _amplification(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _gradients(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _omega(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    for add in (_dependency, _amplification, _gradients, _omega):
+        add(parser)
+
+
+Add = Callable[[argparse.ArgumentParser], None]
+ANALYSES: dict[str, tuple[str, Add]] = {
+    "dependency": ("how much each sub-layer depends on its residual branch, and on every earlier one", _dependency),
+    "amplification": ("how much a small change of all weights changes the output, by depth", _amplification),
+    "gradients": ("gradient norms and relative updates by sub-layer, through training", _gradients),
+    "omega": ("omega by depth at initialisation and through training", _omega),
+    "report": ("all of these, bound into one HTML file", _report),
+}

@@ -1,0 +1,135 @@
+"""What is analysed: models as fairseq-train starts them, or as checkpoints hold them, and the batches to measure on."""
+
+from __future__ import annotations
+
+import copy
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any, Iterator, Sequence
+
+import numpy as np
+from fairseq import options, tasks, utils
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import ARCH_MODEL_REGISTRY
+from fairseq.trainer import Trainer
+from torch import nn
+
+from admin_fairseq import checkpoint, hooks
+from admin_fairseq.errors import DATA_HINT, AdminError
+from admin_fairseq.model import AdminModel
+from admin_fairseq.profiling import STACKS, Sample
+from admin_fairseq.verify import build
+
+DEFAULT_ARCHS = ("transformer_postln", "transformer_preln", "transformer_admin")
+BEFORE, AFTER = "at initialisation", "after training"
+
+
+@dataclass
+class Subject:
+    """One model of an analysis.
+
+    ``method`` names it in figures, ``when`` is BEFORE or AFTER. ``trainer`` is fairseq's, on the model's device, with
+    the train split loaded and no optimizer built yet; ``samples`` are the batches that training sees first.
+    """
+
+    method: str
+    when: str
+    trainer: Trainer
+    samples: list[Sample]
+
+    @property
+    def model(self) -> nn.Module:
+        return self.trainer.get_model()
+
+    @property
+    def label(self) -> str:
+        return f"{self.method}, {self.when}"
+
+
+def stacks(model: nn.Module) -> dict[str, nn.Module]:
+    """ "encoder" and "decoder" of any of fairseq's Transformers, or "decoder" alone."""
+    return {name: getattr(model, name) for name in STACKS if hasattr(model, name)}
+
+
+def parse(arch: str, rest: Sequence[str], only_given: bool = False) -> Namespace:
+    """fairseq-train's options, as its own parser reads them; ``only_given``: without defaults.
+
+    Raises:
+        AdminError: fairseq knows no such architecture or option.
+    """
+    if arch not in ARCH_MODEL_REGISTRY:
+        raise AdminError(f"--arch {arch}: no such architecture")
+    parser = options.get_training_parser()
+
+    def refuse(message: str) -> None:
+        is_data = message.endswith("are required: data")
+        raise AdminError(f"give DATA, as the first argument ({DATA_HINT})" if is_data else message)
+
+    parser.error = refuse
+    return options.parse_args_and_arch(parser, ["--arch", arch, *rest], suppress_defaults=only_given)
+
+
+def configure(args: Namespace) -> Any:
+    """fairseq's configuration of a training in one process and float32 that leaves no files."""
+    args = copy.copy(args)
+    if getattr(args, "max_tokens", None) is None and getattr(args, "batch_size", None) is None:
+        args.max_tokens = 4096
+    args.distributed_world_size, args.no_save = 1, True
+    args.fp16 = args.bf16 = args.amp = args.memory_efficient_fp16 = args.memory_efficient_bf16 = False
+    return convert_namespace_to_omegaconf(args)
+
+
+def start(cfg: Any, state: dict[str, Any] | None = None, batches: int = 1) -> tuple[Trainer, list[Sample]]:
+    """A trainer as fairseq-train has it in front of the first update, Admin's omega set, and the first batches.
+
+    Args:
+        state: a checkpoint, whose weights the model gets.
+
+    Raises:
+        AdminError: the checkpoint does not fit DATA.
+    """
+    task = tasks.setup_task(cfg.task)
+    np.random.seed(cfg.common.seed)
+    utils.set_torch_seed(cfg.common.seed)
+    model = task.build_model(cfg.model) if state is None else build(state, task)
+    for module in model.modules():
+        module.can_use_fastpath = False  # fairseq 0.12.2's own, which calls no residual_connection
+    trainer = Trainer(cfg, task, model, task.build_criterion(cfg.criterion))
+    trainer.get_train_iterator(epoch=1, load_dataset=True)
+    if state is None and isinstance(model, AdminModel):
+        hooks.start_omega(trainer)
+    return trainer, hooks.first_samples(trainer, batches)
+
+
+def subjects(paths: Sequence[str], archs: Sequence[str], rest: Sequence[str], batches: int = 1) -> Iterator[Subject]:
+    """The models of a command line, one after the other, so that only one needs memory at a time.
+
+    Args:
+        paths: checkpoints; each gives its settings, started anew from their seed, and itself.
+        archs: without paths, architectures; each as fairseq-train starts it.
+        rest: DATA and any of fairseq-train's options; with paths they replace the checkpoint's.
+
+    Raises:
+        AdminError: an argument cannot be used.
+    """
+    if paths:
+        states = {path: checkpoint.load(path) for path in paths}
+        settings = {path: checkpoint.settings(state) for path, state in states.items()}
+        names = [args.arch for args in settings.values()]
+        for path, args in settings.items():
+            given = parse(args.arch, ["--task", args.task, *rest], only_given=True)
+            args = Namespace(**{**vars(args), **vars(given)})
+            method = method_name(args.arch) + (f" ({path})" if names.count(args.arch) > 1 else "")
+            for when, state in ((BEFORE, None), (AFTER, states[path])):
+                yield Subject(method, when, *start(configure(args), state, batches))
+    else:
+        for arch in archs or DEFAULT_ARCHS:
+            yield Subject(method_name(arch), BEFORE, *start(configure(parse(arch, rest)), None, batches))
+
+
+def method_name(arch: str) -> str:
+    """``transformer_admin_18_18`` is "admin 18-18"; fairseq's own ``transformer`` keeps its name."""
+    _, _, name = arch.partition("transformer_")
+    parts = (name or arch).split("_")
+    depth = [parts.pop() for _ in range(2) if len(parts) > 1 and parts[-1].isdigit()][::-1]
+    return " ".join(["_".join(parts), *(["-".join(depth)] if depth else [])])
