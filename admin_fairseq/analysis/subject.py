@@ -88,6 +88,14 @@ def start(cfg: Any, state: dict[str, Any] | None = None, batches: int = 1) -> tu
     Raises:
         AdminError: the checkpoint does not fit DATA.
     """
+    trainer = build_trainer(cfg, state)
+    if state is None and isinstance(trainer.get_model(), AdminModel):
+        hooks.start_omega(trainer)
+    return trainer, hooks.first_samples(trainer, batches)
+
+
+def build_trainer(cfg: Any, state: dict[str, Any] | None = None) -> Trainer:
+    """The same, before Admin's omega is set."""
     task = tasks.setup_task(cfg.task)
     np.random.seed(cfg.common.seed)
     utils.set_torch_seed(cfg.common.seed)
@@ -96,9 +104,7 @@ def start(cfg: Any, state: dict[str, Any] | None = None, batches: int = 1) -> tu
         module.can_use_fastpath = False  # fairseq 0.12.2's own, which calls no residual_connection
     trainer = Trainer(cfg, task, model, task.build_criterion(cfg.criterion))
     trainer.get_train_iterator(epoch=1, load_dataset=True)
-    if state is None and isinstance(model, AdminModel):
-        hooks.start_omega(trainer)
-    return trainer, hooks.first_samples(trainer, batches)
+    return trainer
 
 
 def subjects(paths: Sequence[str], archs: Sequence[str], rest: Sequence[str], batches: int = 1) -> Iterator[Subject]:
