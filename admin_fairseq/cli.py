@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> None:
 
     command = commands.add_parser("show", help="print omega by sub-layer, from a checkpoint or a profile")
     command.add_argument("file", help="a checkpoint (*.pt), an admin_profile.json or a profile.ratio.init")
-    command.set_defaults(run=lambda args: show(args.file))
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=lambda args: show(args.file, args.json))
 
     command = commands.add_parser(
         "profile",

@@ -132,9 +132,12 @@ def read_profile(path: str, encoder_sub_layers: int | None = None, decoder_sub_l
                 if not isinstance(numbers, list) or not {type(number) for number in numbers} <= {int, float}:
                     raise TypeError(f"{name} is not a list of numbers")
             profile = Profile(**{name: [float(omega) for omega in content[name]] for name in STACKS})
+            for name, variances in content.get("branch_variance", {}).items():
+                if len(variances) == len(content[name]):
+                    profile.branch_variance[name] = [float(variance) for variance in variances]
         else:
             profile = _parse_authors_profile(text, encoder_sub_layers, decoder_sub_layers)
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise AdminError(
             f"the profile {path} is malformed ({type(error).__name__}: {str(error)[:100]});"
             ' expected an admin_profile.json with lists "encoder" and "decoder", or a profile.ratio.init'
