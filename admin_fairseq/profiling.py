@@ -94,6 +94,15 @@ class Profile:
             set_omega(sub_layers(stack).values(), [1.0, *getattr(self, name)[1:]])
         model.omega_source = "a profile"
 
+    def shares(self, stack: str) -> list[float]:
+        """Of each sub-layer's sum, the share of its branch: Var[f_i] / (Var[omega_i * x_{i-1}] + Var[f_i]).
+
+        The sum is omega_{i+1}^2, by the rule; the last sub-layer's input has variance 1. Empty where Var[f] is unknown.
+        """
+        omegas, branches = getattr(self, stack), self.branch_variance.get(stack, [])
+        sums = [omega**2 for omega in omegas[1:]] + [omegas[-1] ** 2 + branches[-1]] if branches else []
+        return [branch / total for branch, total in zip(branches, sums)]
+
     def write(self, path: str) -> None:
         """Write JSON; the file appears whole or not at all.
 

@@ -29,8 +29,8 @@ def show(path: str, as_json: bool = False) -> None:
     """Print omega for every sub-layer, with a bar.
 
     From a checkpoint: mean and standard deviation over dimensions, and the first omega, if the profile still lies in
-    the checkpoint's folder. From a profile: omega, Var[f] where it is recorded, and the share of the residual branch
-    in the sub-layer's sum at the start, Var[f] / (omega^2 + Var[f]); its input has variance 1, being normalised.
+    the checkpoint's folder. From a profile: omega, and where it is recorded Var[f] and the share of the residual
+    branch in the sub-layer's sum (see :meth:`~admin_fairseq.profiling.Profile.shares`).
 
     Raises:
         AdminError: the file is missing, or neither a profile nor a checkpoint with omegas.
@@ -59,14 +59,13 @@ def show(path: str, as_json: bool = False) -> None:
 def _from_profile(profile: Profile) -> Table:
     table: Table = {}
     for stack in STACKS:
-        omegas = getattr(profile, stack)
+        omegas, shares = getattr(profile, stack), profile.shares(stack)
         has_attention_to_encoder = stack == "decoder" and profile.encoder and len(omegas) % 3 == 0
         kinds = ["self_attn", *(["encoder_attn"] if has_attention_to_encoder else []), "final"]
         for number, omega in enumerate(omegas):
             row: Row = {"layer": number // len(kinds), "sub_layer": kinds[number % len(kinds)], "omega": omega}
-            if profile.branch_variance.get(stack):
-                variance = profile.branch_variance[stack][number]
-                row.update(branch_variance=variance, share=variance / (omega**2 + variance))
+            if shares:
+                row.update(branch_variance=profile.branch_variance[stack][number], share=shares[number])
             table.setdefault(stack, []).append(row)
     return table
 

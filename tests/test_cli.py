@@ -20,7 +20,7 @@ from admin_fairseq.show import show
 @pytest.fixture
 def profile_file(tmp_path):
     path = tmp_path / "admin_profile.json"
-    variances = {"encoder": [1.25, 0.75], "decoder": [0.5, 2.5, 1.0]}
+    variances = {"encoder": [1.25, 0.75], "decoder": [0.5625, 2.4375, 1.0]}
     Profile(encoder=[1.0, 1.5], decoder=[1.0, 1.25, 2.0], branch_variance=variances).write(str(path))
     return path
 

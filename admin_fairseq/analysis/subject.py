@@ -123,14 +123,23 @@ def subjects(paths: Sequence[str], archs: Sequence[str], rest: Sequence[str], ba
         settings = {path: checkpoint.settings(state) for path, state in states.items()}
         names = [args.arch for args in settings.values()]
         for path, args in settings.items():
-            given = parse(args.arch, ["--task", args.task, *rest], only_given=True)
-            args = Namespace(**{**vars(args), **vars(given)})
+            args = merged(args, rest)
             method = method_name(args.arch) + (f" ({path})" if names.count(args.arch) > 1 else "")
             for when, state in ((BEFORE, None), (AFTER, states[path])):
                 yield Subject(method, when, *start(configure(args), state, batches))
     else:
         for arch in archs or DEFAULT_ARCHS:
             yield Subject(method_name(arch), BEFORE, *start(configure(parse(arch, rest)), None, batches))
+
+
+def merged(args: Namespace, rest: Sequence[str]) -> Namespace:
+    """A checkpoint's settings, and over them DATA and what options are given.
+
+    Raises:
+        AdminError: fairseq knows no such option.
+    """
+    given = parse(args.arch, ["--task", args.task, *rest], only_given=True)
+    return Namespace(**{**vars(args), **vars(given)})
 
 
 def method_name(arch: str) -> str:
