@@ -172,5 +172,5 @@ def _figure(spreads: list[Spread], stacks: list[str]) -> Any:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("batches pooled")
     axes.set_ylabel("spread of omega (% of its mean)")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     return figure
