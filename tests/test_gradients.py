@@ -84,9 +84,7 @@ def test_relative_updates_of_sgd_are_the_gradients(data):
 
 def test_command(data, tmp_path, capsys):
     options = [*TINY, *OPTIONS, "--adam-betas", "(0.9, 0.98)", "--updates", "1", "2", "--arch"]
-    main(
-        ["analyze", "gradients", str(data), "--out", str(tmp_path), *options, "transformer_postln", "transformer_admin"]
-    )
+    main(["analyze", "gradients", str(data), "--out", str(tmp_path), *options, "transformer_admin"])
     names = {"gradients.json", "gradients.csv", *(f"gradients{x}.svg" for x in ("", "_training", "_updates"))}
     assert {path.name for path in tmp_path.iterdir()} == names
     records = json.loads((tmp_path / "gradients.json").read_text())["records"]
