@@ -56,11 +56,23 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _dependency(parser: argparse.ArgumentParser) -> None:
-    pass
+    parser.add_argument(
+        "--positions", type=int, default=256, metavar="N", help="token positions that the map is computed on"
+    )
 
 
 def _amplification(parser: argparse.ArgumentParser) -> None:
-    pass
+    parser.add_argument(
+        "--noise", type=float, default=0.02, metavar="SHARE", help="of each weight tensor's deviation (default: 0.02)"
+    )
+    parser.add_argument("--seeds", type=int, default=4, metavar="N", help="stacks to average over (default: 4)")
+    parser.add_argument("--sub-layers", type=int, default=200, metavar="N", help="without DATA: depth (default: 200)")
+    parser.add_argument(
+        "--ffn-init",
+        choices=["xavier", "fairseq"],
+        default="xavier",
+        help="without DATA: how feed-forward weights are drawn, as in the authors' fairseq (default) or in this one",
+    )
 
 
 def _gradients(parser: argparse.ArgumentParser) -> None:

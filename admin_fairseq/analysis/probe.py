@@ -1,0 +1,106 @@
+"""Every sub-layer of any of fairseq's Transformers in one forward pass: what its shortcut and its branch add up to."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from admin_fairseq.analysis.subject import stacks
+from admin_fairseq.errors import AdminError
+from admin_fairseq.methods import BottomToTop, ResiDual
+from admin_fairseq.norm import OmegaLayerNorm
+from admin_fairseq.profiling import Sample
+
+
+@dataclass
+class SubLayer:
+    """A sub-layer and what passed through it.
+
+    The sum that it computes is ``scale(x)`` + ``branch``; ``norm`` follows it (``pre_ln`` False) or stands in front of
+    the branch. ``x`` and ``branch`` are (positions, d), without padding and dropout.
+    """
+
+    stack: str
+    layer: int
+    name: str
+    norm: nn.Module
+    pre_ln: bool
+    scale: Callable[[Tensor], Tensor]
+    x: Tensor
+    branch: Tensor
+
+    @property
+    def label(self) -> str:
+        return f"{self.stack} layer {self.layer} {self.name}"
+
+    def variances(self) -> tuple[float, float, float]:
+        """(Var[shortcut], Var[branch], Var[their sum]), over all positions and dimensions."""
+        shortcut, branch = self.scale(self.x).double(), self.branch.double()
+        return tuple(part.var(unbiased=False).item() for part in (shortcut, branch, shortcut + branch))
+
+
+def observe(model: nn.Module, sample: Sample, seen: Callable[[SubLayer], None]) -> None:
+    """Run the model on a batch, in eval mode and without gradients, and report each sub-layer in forward order.
+
+    Raises:
+        AdminError: the model's method has paths across sub-layers, which no sum of two parts describes.
+    """
+    was_training = model.training
+    with contextlib.ExitStack() as undo, torch.no_grad():
+        undo.callback(model.train, was_training)
+        model.eval()
+        for stack, module in stacks(model).items():
+            keep = sample.tokens(stack).ne(module.padding_idx).t()  # (time, batch)
+            for number, layer in enumerate(module.layers.children()):
+                undo.enter_context(_watched(layer, partial(_report, seen, stack, number, keep)))
+        model(**sample.net_input, features_only=True)
+
+
+def _report(seen: Callable[[SubLayer], None], stack: str, number: int, keep: Tensor, *parts: Any) -> None:
+    name, norm, pre_ln, scale, x, branch = parts
+    seen(SubLayer(stack, number, name, norm, pre_ln, scale, x[keep], branch[keep]))
+
+
+@contextlib.contextmanager
+def _watched(layer: nn.Module, report: Callable[..., None]) -> Iterator[None]:
+    """``report(name, norm, pre_ln, scale, x, branch)`` of every sub-layer of a layer, x and branch (time, batch, d)."""
+    if isinstance(layer, (BottomToTop, ResiDual)):
+        raise AdminError(
+            f"{type(layer).__name__} layers have paths across sub-layers; this analysis takes methods in which each"
+            " sub-layer adds a branch to its shortcut"
+        )
+    norms = {name: module for name, module in layer.named_children() if name.endswith("_layer_norm")}
+    names = [("ffn" if name == "final_layer_norm" else name[: -len("_layer_norm")], norms[name]) for name in norms]
+    if all(isinstance(norm, OmegaLayerNorm) for norm in norms.values()):
+        for name, norm in names:
+            norm.observer = lambda norm, x, f, name=name: report(
+                name, norm, False, partial(torch.mul, norm.omega), x, f
+            )
+        try:
+            yield
+        finally:
+            for norm in norms.values():
+                norm.observer = None
+        return
+    rule, calls = layer.residual_connection, iter(range(len(names)))
+
+    def residual_connection(f: Tensor, x: Tensor) -> Tensor:
+        out = rule(f, x)
+        name, norm = names[next(calls)]
+
+        def scale(part: Tensor) -> Tensor:
+            return rule(torch.zeros_like(part), part)
+
+        report(name, norm, layer.normalize_before, scale, x, out - scale(x))
+        return out
+
+    layer.residual_connection = residual_connection
+    try:
+        yield
+    finally:
+        del layer.residual_connection

@@ -1,0 +1,94 @@
+"""One HTML file with everything that the analyses left in a folder: words, figures and tables, and nothing to fetch."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import importlib
+import json
+import os
+from typing import Any
+
+from admin_fairseq.analysis.figures import make_folder
+from admin_fairseq.errors import AdminError
+from admin_fairseq.files import writing
+
+ORDER = ("dependency", "amplification", "gradients", "omega")
+STYLE = """
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 sans-serif; color: #111; }
+p { max-width: 45rem; }
+img { max-width: 100%; }
+figure { margin: 1.5rem 0; }
+figcaption, caption { color: #444; font-size: 0.9rem; text-align: left; padding: 0.3rem 0; }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem; }
+th, td { text-align: left; padding: 0.2rem 1rem 0.2rem 0; border-bottom: 1px solid #ccc; vertical-align: top; }
+@media print { figure, table { break-inside: avoid; } }
+"""
+
+
+def run(args: argparse.Namespace) -> None:
+    """``admin-fairseq analyze report``: run each analysis into DIR, then bind what is there.
+
+    Raises:
+        AdminError: bad input, or an analysis has nothing to measure.
+    """
+    for name in ORDER:
+        importlib.import_module(f"admin_fairseq.analysis.{name}").run(args)
+    print(f"{bind(args.out)}: open it in a browser")
+
+
+def bind(folder: str) -> str:
+    """Write ``report.html`` from the analyses' JSON files and figures in a folder, and return its path.
+
+    Raises:
+        AdminError: there is none, or the file cannot be written.
+    """
+    make_folder(folder)
+    pages = {}
+    for name in ORDER:
+        path = os.path.join(folder, f"{name}.json")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                pages[name] = json.load(file)["page"]
+    if not pages:
+        raise AdminError(f"{folder} holds no results to report")
+    links = "".join(f'<li><a href="#{name}">{html.escape(page["title"])}</a></li>' for name, page in pages.items())
+    sections = "".join(_section(folder, name, page) for name, page in pages.items())
+    text = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Why training is hard</title>'
+        f"<style>{STYLE}</style></head>\n<body><h1>Why training is hard</h1><p>Measured by admin-fairseq analyze, after"
+        " Liu et al. 2020, Understanding the Difficulty of Training Transformers. The numbers behind each figure are in"
+        f" the CSV and JSON files beside this one.</p><ul>{links}</ul>{sections}</body></html>\n"
+    )
+    path = os.path.join(folder, "report.html")
+    with writing(path) as out:
+        out.write(text.encode())
+    return path
+
+
+def _section(folder: str, name: str, page: dict[str, Any]) -> str:
+    paragraphs = "".join(f"<p>{html.escape(text)}</p>" for text in page["text"])
+    figures = "".join(_figure(folder, figure["file"], figure["caption"]) for figure in page["figures"])
+    tables = "".join(_table(table["caption"], table["rows"]) for table in page["tables"])
+    return f'\n<h2 id="{name}">{html.escape(page["title"])}</h2>{paragraphs}{figures}{tables}'
+
+
+def _figure(folder: str, file: str, caption: str) -> str:
+    with open(os.path.join(folder, file), "rb") as drawn:
+        content = base64.b64encode(drawn.read()).decode()
+    kind = "svg+xml" if file.endswith(".svg") else "png"
+    caption = html.escape(caption)
+    return (
+        f'\n<figure><img alt="{caption}" src="data:image/{kind};base64,{content}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def _table(caption: str, rows: list[list[str]]) -> str:
+    head, *body = [[html.escape(cell) for cell in row] for row in rows]
+    lines = [
+        "".join(f"<th>{cell}</th>" for cell in head),
+        *("".join(f"<td>{cell}</td>" for cell in row) for row in body),
+    ]
+    return f"\n<table><caption>{html.escape(caption)}</caption><tr>{'</tr><tr>'.join(lines)}</tr></table>"

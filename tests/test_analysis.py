@@ -1,0 +1,346 @@
+"""admin-fairseq analyze: statistics against closed forms, and the command on tiny models."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY
+from torch import nn
+
+from admin_fairseq import AdminError, cli
+from admin_fairseq.analysis import amplification, report
+from admin_fairseq.analysis.amplification import Case, by_noise, by_update, change, fits
+from admin_fairseq.analysis.dependency import _normalised, dependency_map, measure
+from admin_fairseq.analysis.figures import Page, write
+from admin_fairseq.analysis.probe import SubLayer, observe
+from admin_fairseq.analysis.subject import method_name, stacks
+from admin_fairseq.profiling import Sample
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def analyze(monkeypatch):
+    """The command in this process, which it does not end."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    return lambda *arguments: cli.main(["analyze", *map(str, arguments)])
+
+
+def walsh(dim: int) -> torch.Tensor:
+    """Rows that are orthogonal, of variance 1 and, but for the first, of mean 0."""
+    rows = torch.ones(1, 1)
+    while len(rows) < dim:
+        rows = torch.cat([torch.cat([rows, rows], 1), torch.cat([rows, -rows], 1)])
+    return rows
+
+
+def linear_network(variances, norm, scale=1.0):
+    """Sub-layers of a residual network whose input and branches are orthogonal, with these variances (dim 64)."""
+    rows, x, seen = walsh(64)[1:], None, []
+    x = (rows[0] * math.sqrt(variances[0])).expand(3, -1)
+    for i, variance in enumerate(variances[1:], start=1):
+        branch = (rows[i] * math.sqrt(variance)).expand(3, -1)
+        seen.append(SubLayer("encoder", i, "ffn", norm, False, lambda part: part * scale, x, branch))
+        x = norm(x * scale + branch)
+    return seen
+
+
+def test_without_layer_norm_each_branch_counts_by_its_variance():
+    found = dependency_map(linear_network([1.0, 2.0, 3.0, 4.0], nn.Identity()), None)
+    assert found["beta2"][-1] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert found["beta2"][0] == pytest.approx([1 / 3, 2 / 3])
+    assert found["correlation"] == pytest.approx([1, 1, 1])
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_behind_layer_norm_the_map_is_the_papers_recursion(scale):
+    """beta_ij^2 = (1 - share_i) beta_{i-1,j}^2 and beta_ii^2 = share_i, for uncorrelated branches."""
+    norm = nn.LayerNorm(64, eps=0)
+    seen = linear_network([1.0, 0.5, 0.25, 2.0], norm, scale)
+    expected = [1.0]
+    for sub_layer, row in zip(seen, dependency_map(seen, None)["beta2"]):
+        shortcut, branch, total = sub_layer.variances()
+        assert total == pytest.approx(shortcut + branch)
+        expected = [(1 - branch / total) * value for value in expected] + [branch / total]
+        assert row == pytest.approx(expected)
+    assert branch / total == pytest.approx(2 / (2 + scale**2))
+
+
+def test_pre_ln_reads_the_normalised_stream_with_the_next_gain():
+    seen = linear_network([1.0, 2.0], nn.Identity())
+    seen[0].pre_ln, final = True, nn.LayerNorm(64, eps=0)
+    with torch.no_grad():
+        final.weight[:32] = 0  # the two rows keep their proportion on any half
+        final.bias.fill_(7.0)
+    found = dependency_map(seen, final)
+    assert found["beta2"][0] == pytest.approx([1 / 3, 2 / 3])
+    assert found["bias"] == pytest.approx([0])  # a constant has no variance
+
+
+def test_layer_norm_acts_on_each_part_and_the_parts_add_up():
+    norm = nn.LayerNorm(16)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    parts, bias = torch.randn(4, 5, 16), torch.randn(5, 16)
+    out, out_bias = _normalised(norm, parts, bias)
+    torch.testing.assert_close(out.sum(0) + out_bias, norm(parts.sum(0) + bias).detach())
+
+
+def first_batch(batch, same_length=False):
+    return Sample(batch(8, same_length=same_length)["net_input"])
+
+
+RULES = ["preln", "admin_sqrt", "deepnorm", "rezero"]  # the others are built as one of these
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_the_probe_sees_the_sum_of_every_sub_layer(build, batch, method):
+    model, _, _ = build(f"transformer_{method}")
+    for name, weight in model.named_parameters():
+        if name.endswith("rezero_weight"):
+            nn.init.constant_(weight, 0.7)
+    seen = []
+    observe(model.train(), first_batch(batch, same_length=True), seen.append)
+    assert model.training
+    assert [s.name for s in seen] == ["self_attn", "ffn"] * 3 + ["self_attn", "encoder_attn", "ffn"] * 2
+    for one, two in zip(seen, seen[1:]):
+        if one.stack == two.stack:
+            out = one.scale(one.x) + one.branch
+            if not one.pre_ln and not isinstance(one.norm, nn.Identity):
+                out = nn.LayerNorm.forward(one.norm, out)
+            torch.testing.assert_close(two.x, out.detach(), rtol=1e-4, atol=1e-5)
+    for layer in model.encoder.layers:
+        assert "residual_connection" not in vars(layer)
+        assert getattr(layer.final_layer_norm, "observer", None) is None
+
+
+def test_rows_sum_to_one_and_admin_at_omega_one_is_post_ln(build, batch):
+    sample = first_batch(batch)
+    post_ln = measure(build("transformer_postln")[0], sample, 16)
+    admin = measure(build("transformer_admin", "--admin-init", "unit")[0], sample, 16)
+    for name, stack in post_ln.items():
+        assert admin[name]["share"] == pytest.approx(stack["share"])
+        for own, row, bias in zip(admin[name]["beta2"], stack["beta2"], stack["bias"]):
+            assert own == pytest.approx(row)
+            assert sum(row) + bias == pytest.approx(1)
+
+
+def test_admin_leans_on_its_branches_less(build, batch):
+    sample = first_batch(batch)
+    shares = [
+        measure(build(arch)[0], sample, 16)["encoder"]["share"][-1]
+        for arch in ("transformer_admin_sqrt", "transformer_postln")
+    ]
+    assert shares[0] < shares[1] / 3
+
+
+def test_padding_does_not_enter(build, batch):
+    model, _, _ = build("transformer_preln")
+    net_input = first_batch(batch).net_input
+    padded = dict(net_input)
+    for name, side in (("src_tokens", (3, 0)), ("prev_output_tokens", (0, 3))):
+        padded[name] = nn.functional.pad(net_input[name], side, value=model.encoder.padding_idx)
+    one, two = (measure(model, Sample(inputs), 10**6) for inputs in (net_input, padded))
+    for stack in one:
+        assert two[stack]["share"] == pytest.approx(one[stack]["share"], rel=1e-4)
+
+
+def test_methods_with_paths_across_sub_layers_are_refused(build, batch):
+    for method in ("b2t", "residual"):
+        with pytest.raises(AdminError, match="paths across sub-layers"):
+            measure(build(f"transformer_{method}")[0], first_batch(batch), 16)
+
+
+class Shift(nn.Module):
+    """x + w: a linear residual layer, whose output changes by what w changes."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.randn(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.shift
+
+
+class Shifts(nn.Module):
+    def __init__(self, layers: int, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList(Shift(dim) for _ in range(layers))
+        self.encoder.layer_norm, self.encoder.padding_idx = None, 1
+
+    def forward(self, src_tokens: torch.Tensor, features_only: bool = True) -> torch.Tensor:
+        x = torch.zeros(*src_tokens.t().shape, self.dim)
+        for layer in self.encoder.layers:
+            x = layer(x)
+        return x
+
+
+def linear_case():
+    torch.manual_seed(1)
+    model = Shifts(layers=20, dim=20_000)
+    batch = {"net_input": {"src_tokens": torch.tensor([[5, 6, 1]])}}
+    return Case("linear", "encoder", model, lambda model, batch: [model(**batch["net_input"]).sum()], batch)
+
+
+def test_noise_on_a_linear_stack_adds_up():
+    """N layers that each add a vector of variance 1: noise of share s moves their sum by N s^2 a dimension."""
+    case = linear_case()
+    before = [weight.clone() for weight in case.model.parameters()]
+    found = by_noise(case, 0.1, seed=3)
+    expected = [n * 0.1**2 * 20_000 for n in range(1, 21)]
+    assert found == pytest.approx(expected, rel=0.08)
+    assert fits(range(1, 21), found)["r2_linear"] > 0.995
+    for weight, old in zip(case.model.parameters(), before):
+        assert torch.equal(weight, old)
+
+
+def test_adams_first_update_moves_every_weight_by_the_learning_rate():
+    case = linear_case()
+    found = [by_update(case, layers, 0.01) for layers in (1, 10)]
+    assert found == pytest.approx([0.01**2 * 20_000, (10 * 0.01) ** 2 * 20_000], rel=1e-3)
+    assert len(case.model.encoder.layers) == 20
+
+
+def test_fits():
+    n = [2, 4, 8, 16, 32, 64, 128, 200]
+    assert fits(n, [3 + 2 * x for x in n])["fits"]["linear"] == pytest.approx([3, 2])
+    assert fits(n, [1 + 2 * math.log(x) for x in n])["fits"]["log"] == pytest.approx([1, 2])
+    found = fits(n, [2 * math.log(1 + 0.3 * x) for x in n])
+    assert found["r2_log1p"] == pytest.approx(1, abs=1e-5)
+    assert found["fits"]["log1p"] == pytest.approx([2, 0.3], rel=0.03)
+    assert 0.9 < found["r2_log"] < 1 and found["r2_linear"] < 0.9
+
+
+@pytest.mark.parametrize("method", ["preln", "admin_fixed"])
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_the_first_layers_of_a_deep_stack_are_a_shallow_one(method, stack):
+    """One deep stack serves all N: a stack built on its own, with the same weights, has the same output."""
+    rest = ["--cpu", "--encoder-embed-dim", "16", "--encoder-ffn-embed-dim", "16"]
+
+    def case(layers):
+        args = Namespace(rest=rest, sub_layers=layers * amplification.PER_LAYER[stack], ffn_init="xavier")
+        return amplification.random_case(f"transformer_{method}", stack, 4, args)
+
+    deep, shallow = case(5), case(2)
+    state = deep.model.state_dict()
+    omegas = {key: value for key, value in shallow.model.state_dict().items() if key.endswith("omega")}
+    shallow.model.load_state_dict({key: state[key] for key in shallow.model.state_dict()})
+    torch.testing.assert_close(deep.outputs()[1], shallow.outputs()[-1])
+    with torch.no_grad():
+        out = shallow.model.encoder(**{k: v for k, v in shallow.batch["net_input"].items() if k.startswith("src")})
+    if stack == "encoder":
+        torch.testing.assert_close(shallow.outputs()[-1], out["encoder_out"][0].flatten(0, 1))
+    assert set(omegas) <= set(state)
+
+
+def test_xavier_draws_feed_forward_weights_wider(build):
+    model, _, _ = build("transformer_postln", "--encoder-embed-dim", "256", "--encoder-ffn-embed-dim", "1024")
+    before = model.encoder.layers[0].fc2.weight.var().item()
+    amplification.use_xavier(model)
+    assert model.encoder.layers[0].fc2.weight.var().item() == pytest.approx(2 / 1280, rel=0.02)
+    assert before == pytest.approx(1 / 3072, rel=0.02)
+
+
+def test_commands(analyze, data, tmp_path, capsys):
+    common = ["--cpu", "--format", "png", "--out", tmp_path / "out", *TINY[:8]]
+    archs = ["--arch", "transformer_preln", "transformer_admin"]
+    analyze("dependency", data, *archs, *common, *TINY[8:], "--max-tokens", "300")
+    analyze("amplification", "--arch", "transformer_admin", *common, "--sub-layers", "12", "--seeds", "1")
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    figures = {"dependency_share.png", "dependency_encoder.png", "dependency_decoder.png"}
+    figures |= {"amplification_noise.png", "amplification_update.png"}
+    tables = {f"{name}.{kind}" for name in ("dependency", "amplification") for kind in ("json", "csv")}
+    assert written == figures | tables
+    measured = json.loads((tmp_path / "out" / "dependency.json").read_text())
+    assert [model["method"] for model in measured["models"]] == ["preln", "admin"]
+    assert len(measured["models"][1]["stacks"]["decoder"]["beta2"]) == 6
+    amplified = json.loads((tmp_path / "out" / "amplification.json").read_text())
+    for entry in (amplified["admin"], amplified["admin"]["decoder"]):
+        assert {"r2_linear", "r2_log", "r2_log1p"} <= set(entry)
+        assert entry["points"][-1][0] == 12
+        assert all(value > 0 for _, value in entry["points"])
+    assert "R2 a+bN" in capsys.readouterr().out
+    page = Path(report.bind(str(tmp_path / "out"))).read_text()
+    assert page.count("<img") == len(figures) and 'src="data:image/png;base64,' in page
+    assert page.count("http") == 0
+
+
+def test_a_checkpoint_is_measured_before_and_after(analyze, data, tmp_path):
+    from test_options import train_here
+
+    train_here("transformer_admin", data, tmp_path, "")
+    path = tmp_path / "checkpoint_last.pt"
+    analyze("dependency", data, "--cpu", "--out", tmp_path / "out", "--path", path)
+    models = json.loads((tmp_path / "out" / "dependency.json").read_text())["models"]
+    assert [model["when"] for model in models] == ["at initialisation", "after training"]
+    before, after = (model["stacks"]["encoder"]["share"] for model in models)
+    assert before == pytest.approx(after, rel=0.3) and before != after
+    assert "<svg" in (tmp_path / "out" / "dependency_share.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["dependency", "--cpu"], "give DATA"),
+        (["dependency", "DATA", "--arch", "transformer_nope"], "transformer_nope: no such architecture"),
+        (["dependency", "DATA", "--encoder-layer-s", "3"], "unrecognized arguments: --encoder-layer-s"),
+        (["dependency", "DATA", "--path", "nope.pt"], "no such file: nope.pt"),
+        (["amplification", "--seeds", "0"], "--seeds must be at least 1"),
+        (["amplification", "--arch", "transformer_deepnorm", "--sub-layers", "6", *TINY[:4]], "depend on the depth"),
+    ],
+)
+def test_bad_input(analyze, data, tmp_path, arguments, line):
+    arguments = [str(data) if argument == "DATA" else argument for argument in arguments]
+    with pytest.raises(AdminError, match=line):
+        analyze(*arguments, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_that_cannot_be_written(analyze, data, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AdminError, match="not a folder"):
+        analyze("dependency", data, "--out", tmp_path / "file")
+    with pytest.raises(AdminError, match="cannot write"):
+        write(str(tmp_path / "file" / "out"), "x", {}, [], Page("x"))
+    with pytest.raises(AdminError, match="no results"):
+        report.bind(str(tmp_path / "empty"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(AdminError, match=r"pip install 'admin_fairseq\[analyze\]'"):
+        analyze("dependency", data, "--out", tmp_path / "out")
+
+
+def test_method_names():
+    names = {"transformer_admin_18_18": "admin 18-18", "transformer_lm_admin_6": "lm_admin 6"}
+    names.update({"transformer_postln": "postln", "transformer": "transformer", "transformer_admin_72": "admin 72"})
+    names["transformer_admin_wmt_en_de"] = "admin_wmt_en_de"
+    assert {arch: method_name(arch) for arch in names} == names
+
+
+def test_stacks():
+    assert list(stacks(SimpleNamespace(decoder=1))) == ["decoder"]
+    assert change([torch.ones(2, 3)], [torch.zeros(2, 3)]) == [3]
+
+
+@pytest.mark.slow
+def test_amplification_at_the_papers_width(analyze, tmp_path):
+    """Corollaries 1 and 2, over N = 2..200 at width 512, by the default command, within 10 minutes on idle cores."""
+    start = time.time()
+    analyze("amplification", "--cpu", "--out", tmp_path)
+    assert time.time() - start < 600
+    found = json.loads((tmp_path / "amplification.json").read_text())
+    assert found["postln"]["r2_linear"] >= 0.98
+    for method in ("preln", "admin"):
+        assert found[method]["r2_log"] >= 0.95
+        assert found[method]["r2_log"] > found[method]["r2_linear"]
+    assert 8 < found["postln"]["points"][-1][1] / found["preln"]["points"][-1][1] < 18
