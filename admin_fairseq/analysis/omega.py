@@ -44,9 +44,12 @@ def run(args: Namespace) -> None:
         AdminError: bad input, or no model of Admin.
     """
     records = _through_training(args) if args.path else _at_initialisation(args)
-    if not records:
+    if records:
+        _report(args, records)
+    elif args.analysis == "report":
+        print("omega: none of these models has one")
+    else:
         raise AdminError("none of these models has an omega")
-    _report(args, records)
 
 
 def _at_initialisation(args: Namespace) -> list[dict[str, Any]]:
