@@ -12,6 +12,7 @@ from typing import Iterator
 import admin_fairseq
 from admin_fairseq import checkpoint
 from admin_fairseq.analysis.cli import add_parser as add_analyze
+from admin_fairseq.analysis.spread import run as measure_spread
 from admin_fairseq.average import average, select
 from admin_fairseq.deepen import deepen
 from admin_fairseq.errors import AdminError
@@ -31,7 +32,31 @@ def main(argv: list[str] | None = None) -> None:
 
     command = commands.add_parser("show", help="print omega by sub-layer, from a checkpoint or a profile")
     command.add_argument("file", help="a checkpoint (*.pt), an admin_profile.json or a profile.ratio.init")
-    command.set_defaults(run=lambda args: show(args.file))
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=lambda args: show(args.file, args.json))
+
+    command = commands.add_parser(
+        "profile",
+        help="the profiling pre-pass alone, and how much omega varies with batches and seeds",
+        description="Write the admin_profile.json that fairseq-train would from the same options in one process, and"
+        " the spread of omega over batches, pooled or not, and over initialisation seeds. Nothing is trained.",
+        usage="admin-fairseq profile DATA --arch ARCH --out DIR [--batches N] [--seeds N] [fairseq-train's options]",
+        allow_abbrev=False,
+    )
+    command.add_argument("--arch", required=True, metavar="ARCH", help="an Admin architecture")
+    command.add_argument("--out", required=True, metavar="DIR", help="the folder to write to")
+    command.add_argument(
+        "--batches",
+        type=int,
+        default=16,
+        metavar="N",
+        help="measure the first N batches (default: 16; 1: no spread)",
+    )
+    command.add_argument(
+        "--seeds", type=int, default=5, metavar="N", help="measure N initialisations (default: 5; 1: no spread)"
+    )
+    command.add_argument("--format", choices=["svg", "png"], default="svg", help="of the figure (default: svg)")
+    command.set_defaults(run=measure_spread, takes_rest=True)
 
     command = commands.add_parser(
         "average",

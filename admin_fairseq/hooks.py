@@ -24,7 +24,7 @@ import torch
 from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
 
-from admin_fairseq import checkpoint
+from admin_fairseq import checkpoint, metrics
 from admin_fairseq.errors import AdminError
 from admin_fairseq.layers import FULLY_SHARDED, RuledModel
 from admin_fairseq.model import AdminModel, sub_layers
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def install() -> None:
-    """Wrap ``Trainer._build_optimizer``, and let torch >= 2.6 load the checkpoints that fairseq writes."""
+    """Wrap two of Trainer's methods, and let torch >= 2.6 load the checkpoints that fairseq writes."""
     build_optimizer = Trainer._build_optimizer
     if hasattr(build_optimizer, "starts_omega"):  # a copy of this package under another name is a second user dir
         return
@@ -51,6 +51,17 @@ def install() -> None:
 
     start_omega_then_build_optimizer.starts_omega = True
     Trainer._build_optimizer = start_omega_then_build_optimizer
+
+    begin_epoch = Trainer.begin_epoch
+
+    @functools.wraps(begin_epoch)
+    def log_omega_and_begin_epoch(trainer: Trainer, epoch: int) -> None:
+        if isinstance(trainer.get_model(), AdminModel):
+            metrics.log_omega(trainer)  # after a checkpoint's metrics, if any, have replaced those of the start
+        begin_epoch(trainer, epoch)
+
+    Trainer.begin_epoch = log_omega_and_begin_epoch
+    metrics.keep_out_of_text()
 
     if torch.__version__ >= "2.6":
         # from here on torch.load refuses classes that are not listed
@@ -102,20 +113,17 @@ def _from_first_worker(trainer: Trainer, read: Callable[[], Profile]) -> Profile
     return Profile(**outcome)
 
 
-def _profile(trainer: Trainer) -> None:
-    """The pre-pass on the first training batches of every worker."""
+def measure(trainer: Trainer, samples: list[Sample], progress: bool = False) -> Profile:
+    """The pre-pass on these batches of every worker, which sets omega; the profile says how it was made."""
     model, cfg = trainer.get_model(), trainer.cfg
-    started = time.time()
 
     def reduce(moments: torch.Tensor) -> torch.Tensor:
         if trainer.data_parallel_world_size > 1:
             distributed_utils.all_reduce(moments, group=trainer.data_parallel_process_group)
         return moments
 
-    with _random_state_kept(trainer.device):
-        samples = first_samples(trainer, model.admin_profile_batches or 1)
-        with torch.autocast("cuda", enabled=cfg.common.amp and trainer.cuda):
-            result = profile(model, samples, reduce, progress=trainer.is_data_parallel_master)
+    with torch.autocast("cuda", enabled=cfg.common.amp and trainer.cuda):
+        result = profile(model, samples, reduce, progress)
     result.settings = {
         "arch": getattr(cfg.model, "_name", None),
         "world_size": trainer.data_parallel_world_size,
@@ -124,6 +132,16 @@ def _profile(trainer: Trainer) -> None:
         "fairseq": fairseq.__version__,
         "torch": torch.__version__,
     }
+    return result
+
+
+def _profile(trainer: Trainer) -> None:
+    """The pre-pass on the first training batches of every worker, told in the log and left in the run's folder."""
+    model, cfg = trainer.get_model(), trainer.cfg
+    started = time.time()
+    with _random_state_kept(trainer.device):
+        samples = first_samples(trainer, model.admin_profile_batches or 1)
+        result = measure(trainer, samples, trainer.is_data_parallel_master)
     counts = {stack: f"{len(getattr(result, stack))} {stack}" for stack in model.stacks()}
     tokens = [f"{result.tokens[stack]:,} {'source' if stack == 'encoder' else 'target'}" for stack in counts]
     line = (
@@ -175,7 +193,7 @@ def first_samples(trainer: Trainer, count: int) -> list[Sample]:
         place = number * trainer.data_parallel_world_size + trainer.data_parallel_rank
         samples.append(Sample(sample["net_input"], not is_dummy, cfg.common.seed + place))
     if len(samples) < count:
-        logger.warning(f"--admin-profile-batches {count}: an epoch has only {len(samples)} batches; profiling on those")
+        logger.warning(f"an epoch has only {len(samples)} batches, not {count}; profiling on those")
     return samples
 
 

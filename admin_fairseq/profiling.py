@@ -94,6 +94,15 @@ class Profile:
             set_omega(sub_layers(stack).values(), [1.0, *getattr(self, name)[1:]])
         model.omega_source = "a profile"
 
+    def shares(self, stack: str) -> list[float]:
+        """Of each sub-layer's sum, the share of its branch: Var[f_i] / (Var[omega_i * x_{i-1}] + Var[f_i]).
+
+        The sum is omega_{i+1}^2, by the rule; the last sub-layer's input has variance 1. Empty where Var[f] is unknown.
+        """
+        omegas, branches = getattr(self, stack), self.branch_variance.get(stack, [])
+        sums = [omega**2 for omega in omegas[1:]] + [omegas[-1] ** 2 + branches[-1]] if branches else []
+        return [branch / total for branch, total in zip(branches, sums)]
+
     def write(self, path: str) -> None:
         """Write JSON; the file appears whole or not at all.
 
@@ -132,9 +141,12 @@ def read_profile(path: str, encoder_sub_layers: int | None = None, decoder_sub_l
                 if not isinstance(numbers, list) or not {type(number) for number in numbers} <= {int, float}:
                     raise TypeError(f"{name} is not a list of numbers")
             profile = Profile(**{name: [float(omega) for omega in content[name]] for name in STACKS})
+            for name, variances in content.get("branch_variance", {}).items():
+                if len(variances) == len(content[name]):
+                    profile.branch_variance[name] = [float(variance) for variance in variances]
         else:
             profile = _parse_authors_profile(text, encoder_sub_layers, decoder_sub_layers)
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise AdminError(
             f"the profile {path} is malformed ({type(error).__name__}: {str(error)[:100]});"
             ' expected an admin_profile.json with lists "encoder" and "decoder", or a profile.ratio.init'

@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -13,31 +14,41 @@ from fairseq.data import Dictionary
 import admin_fairseq
 from admin_fairseq import AdminError, Profile
 from admin_fairseq.checkpoint import load
+from admin_fairseq.show import show
 
 
 @pytest.fixture
 def profile_file(tmp_path):
-    path = tmp_path / "p.json"
-    Profile(encoder=[1.0, 1.5], decoder=[1.0, 1.25, 2.0]).write(str(path))
+    path = tmp_path / "admin_profile.json"
+    variances = {"encoder": [1.25, 0.75], "decoder": [0.5625, 2.4375, 1.0]}
+    Profile(encoder=[1.0, 1.5], decoder=[1.0, 1.25, 2.0], branch_variance=variances).write(str(path))
     return path
 
 
 def test_show_profile(profile_file):
     result = run("admin-fairseq", "show", profile_file)
     assert result.code == 0, result.output
-    (last,) = result.lines("sub-layer 3")
-    assert last.split()[2] == "2.000"
-    assert last.count("#") == 2 * result.lines("sub-layer 1")[1].count("#")
+    assert result.lines("self_attn")[0].split()[:5] == ["0", "self_attn", "1.000", "1.250", "55.6%"]
+    last = result.lines("final")[1]
+    assert last.split()[:5] == ["0", "final", "2.000", "1.000", "20.0%"]
+    assert last.count("#") == 2 * result.lines("self_attn")[1].count("#")
 
 
-def test_show_checkpoint(data, tmp_path):
-    from conftest import train
-
-    assert train(data, tmp_path, "--admin-init", "logn", updates=1).code == 0
-    result = run("admin-fairseq", "show", tmp_path / "checkpoint_last.pt")
-    assert result.code == 0, result.output
-    assert len(result.lines("layer")) == 2 + 6 + 6
-    assert result.lines("layer 1 encoder_attn")
+def test_show_checkpoint(profile_file, capsys):
+    """With the first omega, as the profile in the folder has it; without, if that is of another model."""
+    names = ["encoder.layers.0.self_attn", "encoder.layers.0.final"]
+    names += [f"decoder.layers.0.{kind}" for kind in ("self_attn", "encoder_attn", "final")]
+    omegas = {f"{name}_layer_norm.omega": torch.tensor([1.0, 4.0]) + i for i, name in enumerate(names)}
+    path = str(profile_file.parent / "c.pt")
+    torch.save({"model": omegas}, path)
+    show(path)
+    rows = [line.split()[:5] for line in capsys.readouterr().out.splitlines() if "#" in line]
+    assert rows[0] == ["0", "self_attn", "2.500", "1.500", "1.000"]
+    assert rows[3] == ["0", "encoder_attn", "5.500", "1.500", "1.250"]
+    torch.save({"model": {**omegas, "decoder.layers.1.final_layer_norm.omega": torch.ones(2)}}, path)
+    show(path, as_json=True)
+    row = json.loads(capsys.readouterr().out)["decoder"][-1]
+    assert row == {"layer": 1, "sub_layer": "final", "omega": 1, "std": 0}
 
 
 @pytest.mark.parametrize("name", ["nope.json", "nope.pt", "garbage.pt", "garbage.json", "empty.json"])

@@ -76,7 +76,21 @@ def _amplification(parser: argparse.ArgumentParser) -> None:
 
 
 def _gradients(parser: argparse.ArgumentParser) -> None:
-    pass
+    parser.add_argument(
+        "--updates",
+        nargs="+",
+        type=int,
+        default=[1, 10, 100],
+        metavar="N",
+        help="gradients: train and measure at these updates (default: 1 10 100)",
+    )
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        choices=["adam", "sgd"],
+        default=["adam", "sgd"],
+        help="gradients: whose updates to compare (default: adam sgd)",
+    )
 
 
 def _omega(parser: argparse.ArgumentParser) -> None:

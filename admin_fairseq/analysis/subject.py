@@ -91,6 +91,14 @@ def start(
     Raises:
         AdminError: the checkpoint does not fit DATA.
     """
+    trainer = build_trainer(cfg, state)
+    if state is None and isinstance(trainer.get_model(), AdminModel):
+        hooks.start_omega(trainer)
+    return trainer, hooks.first_samples(trainer, batches)
+
+
+def build_trainer(cfg: Any, state: dict[str, Any] | None = None) -> Trainer:
+    """The same, before Admin's omega is set."""
     task = tasks.setup_task(cfg.task)
     np.random.seed(cfg.common.seed)
     utils.set_torch_seed(cfg.common.seed)
@@ -101,9 +109,7 @@ def start(
         use_xavier(model)
     trainer = Trainer(cfg, task, model, task.build_criterion(cfg.criterion))
     trainer.get_train_iterator(epoch=1, load_dataset=True)
-    if state is None and isinstance(model, AdminModel):
-        hooks.start_omega(trainer)
-    return trainer, hooks.first_samples(trainer, batches)
+    return trainer
 
 
 def subjects(
@@ -124,8 +130,7 @@ def subjects(
         settings = {path: checkpoint.settings(state) for path, state in states.items()}
         names = [args.arch for args in settings.values()]
         for path, args in settings.items():
-            given = parse(args.arch, ["--task", args.task, *rest], only_given=True)
-            args = Namespace(**{**vars(args), **vars(given)})
+            args = merged(args, rest)
             method = method_name(args.arch) + (f" ({path})" if names.count(args.arch) > 1 else "")
             for when, state in ((BEFORE, None), (AFTER, states[path])):
                 yield Subject(method, when, *start(configure(args), state, batches, ffn_init))
@@ -144,6 +149,16 @@ def use_xavier(model: nn.Module) -> None:
         if name.endswith((".fc1", ".fc2")):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
+
+
+def merged(args: Namespace, rest: Sequence[str]) -> Namespace:
+    """A checkpoint's settings, and over them DATA and what options are given.
+
+    Raises:
+        AdminError: fairseq knows no such option.
+    """
+    given = parse(args.arch, ["--task", args.task, *rest], only_given=True)
+    return Namespace(**{**vars(args), **vars(given)})
 
 
 def method_name(arch: str) -> str:

@@ -1,0 +1,65 @@
+"""omega in fairseq's own metrics, for TensorBoard, Weights & Biases, Aim and Azure ML.
+
+Each sub-layer has a mean and a standard deviation over its dimensions, under the names that the checkpoint uses:
+``omega_mean/decoder.layers.0.self_attn``, ``omega_std/decoder.layers.0.self_attn``. They are metrics that fairseq
+derives when it reports, so other steps cost nothing, and that it does not write into checkpoints.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Callable
+
+import torch
+from fairseq.logging import metrics, progress_bar
+from fairseq.trainer import Trainer
+
+from admin_fairseq.model import AdminModel, sub_layers
+
+PREFIXES = ("omega_mean/", "omega_std/")
+
+
+def statistics(model: AdminModel) -> dict[str, float]:
+    """Mean and population standard deviation of every omega, by the metric's name; one transfer to the host."""
+    names, values = [], []
+    for stack_name, stack in model.stacks().items():
+        norms = sub_layers(stack)
+        if norms:
+            omegas = torch.stack([norm.omega.detach() for norm in norms.values()]).float()
+            deviations, means = torch.std_mean(omegas, dim=1, unbiased=False)
+            values += [means, deviations]
+            names += [f"{prefix}{stack_name}.{name[: -len('_layer_norm')]}" for prefix in PREFIXES for name in norms]
+    return dict(zip(names, torch.cat(values).tolist())) if values else {}
+
+
+def log_omega(trainer: Trainer) -> None:
+    """Add the metrics to those of training, if something that draws them listens to this worker."""
+    common = trainer.cfg.common
+    sinks = ("tensorboard_logdir", "wandb_project", "aim_repo", "azureml_logging")
+    if not trainer.is_data_parallel_master or not any(getattr(common, sink, None) for sink in sinks):
+        return
+    model = trainer.get_model()
+
+    @functools.lru_cache(maxsize=1)
+    def at(update: int) -> dict[str, float]:
+        return statistics(model)
+
+    with metrics.aggregate("train"), metrics.aggregate("train_inner"):
+        for name in at(trainer.get_num_updates()):
+            metrics.log_derived(name, lambda _, name=name: at(trainer.get_num_updates())[name])
+
+
+def keep_out_of_text() -> None:
+    """The console and the log file show no metric of a single sub-layer: there are hundreds."""
+    for bar in (progress_bar.BaseProgressBar, progress_bar.JsonProgressBar):
+        bar._format_stats = _without_omega(bar._format_stats)
+
+
+def _without_omega(format_stats: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(format_stats)
+    def without_omega(self: Any, stats: dict[str, Any], *args: Any, **options: Any) -> Any:
+        # at the end of an epoch JsonProgressBar puts train_ before each name
+        shown = {name: stat for name, stat in stats.items() if not any(prefix in name for prefix in PREFIXES)}
+        return format_stats(self, shown, *args, **options)
+
+    return without_omega
