@@ -91,13 +91,13 @@ def start(
     Raises:
         AdminError: the checkpoint does not fit DATA.
     """
-    trainer = build_trainer(cfg, state)
+    trainer = build_trainer(cfg, state, ffn_init)
     if state is None and isinstance(trainer.get_model(), AdminModel):
         hooks.start_omega(trainer)
     return trainer, hooks.first_samples(trainer, batches)
 
 
-def build_trainer(cfg: Any, state: dict[str, Any] | None = None) -> Trainer:
+def build_trainer(cfg: Any, state: dict[str, Any] | None = None, ffn_init: str | None = None) -> Trainer:
     """The same, before Admin's omega is set."""
     task = tasks.setup_task(cfg.task)
     np.random.seed(cfg.common.seed)
