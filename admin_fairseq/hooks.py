@@ -22,6 +22,7 @@ import fairseq
 import numpy as np
 import torch
 from fairseq.distributed import utils as distributed_utils
+from fairseq.sequence_generator import EnsembleModelWithAlignment
 from fairseq.trainer import Trainer
 
 from admin_fairseq import checkpoint
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def install() -> None:
-    """Wrap ``Trainer._build_optimizer``, and let torch >= 2.6 load the checkpoints that fairseq writes."""
+    """Wrap the trainer and the generator with alignments; let torch >= 2.6 load the checkpoints that fairseq writes."""
     build_optimizer = Trainer._build_optimizer
     if hasattr(build_optimizer, "starts_omega"):  # a copy of this package under another name is a second user dir
         return
@@ -51,6 +52,17 @@ def install() -> None:
 
     start_omega_then_build_optimizer.starts_omega = True
     Trainer._build_optimizer = start_omega_then_build_optimizer
+
+    wrap_models = EnsembleModelWithAlignment.__init__
+
+    @functools.wraps(wrap_models)
+    def wrap_models_and_ask(ensemble: EnsembleModelWithAlignment, models: Any) -> None:
+        wrap_models(ensemble, models)
+        for model in models:
+            if isinstance(model, AdminModel):  # may have been prepared without --print-alignment
+                model.decoder.aligns = True
+
+    EnsembleModelWithAlignment.__init__ = wrap_models_and_ask
 
     if torch.__version__ >= "2.6":
         # from here on torch.load refuses classes that are not listed
