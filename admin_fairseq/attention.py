@@ -42,9 +42,6 @@ class Fact:
             self.mask, self.state = mask, (mask._version, bool(self.question(mask)))
         return self.state[1]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"question": self.question, "mask": None, "state": None}
-
 
 def has_padding(mask: Tensor) -> Tensor:
     """Of a padding mask (batch, time)."""
