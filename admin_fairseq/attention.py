@@ -63,7 +63,8 @@ class FastAttention(MultiheadAttention):
     random numbers.
 
     Under the causal mask, pads after the last token need no mask: no token sees them. Only what is computed at the
-    pads themselves differs from fairseq's, and it reaches neither a token nor the loss.
+    pads themselves differs from fairseq's, and it reaches neither a token nor the loss. That is used in training; in
+    evaluation values at pads are fairseq's, too.
     """
 
     # set by speed_up
@@ -128,7 +129,7 @@ class FastAttention(MultiheadAttention):
         if attn_mask is not None:
             # a view from the start of the decoder's own mask
             known = self.decoder and attn_mask.data_ptr() == self.decoder[0]._future_mask.data_ptr()
-            served = known and (padding is None or self.fact(padding))
+            served = known and (padding is None or (self.training and self.fact(padding)))
             return (None, True) if served else None
         if padding is None or (self.encoder_decoder_attention and not self.fact(padding)):
             return None, False
