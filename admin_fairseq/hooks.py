@@ -16,12 +16,13 @@ import os
 import random
 import time
 from dataclasses import asdict
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 import fairseq
 import numpy as np
 import torch
 from fairseq.distributed import utils as distributed_utils
+from fairseq.sequence_generator import EnsembleModelWithAlignment
 from fairseq.trainer import Trainer
 
 from admin_fairseq import checkpoint, metrics
@@ -34,38 +35,56 @@ logger = logging.getLogger(__name__)
 
 
 def install() -> None:
-    """Wrap two of Trainer's methods, and let torch >= 2.6 load the checkpoints that fairseq writes."""
-    build_optimizer = Trainer._build_optimizer
-    if hasattr(build_optimizer, "starts_omega"):  # a copy of this package under another name is a second user dir
+    """Wrap what of fairseq has to know of Admin, and let torch >= 2.6 load the checkpoints that fairseq writes."""
+    if hasattr(
+        Trainer._build_optimizer, "starts_omega"
+    ):  # a copy of this package under another name is a second user dir
         return
-
-    @functools.wraps(build_optimizer)
-    def start_omega_then_build_optimizer(trainer: Trainer) -> None:
-        model = trainer.get_model()
-        if isinstance(model, AdminModel):
-            trainer.model  # noqa: B018  (with several workers, wrapping is what moves the model to its device)
-            start_omega(trainer)
-        elif isinstance(getattr(model, "module", None), RuledModel):
-            raise AdminError(FULLY_SHARDED)
-        build_optimizer(trainer)
-
-    start_omega_then_build_optimizer.starts_omega = True
-    Trainer._build_optimizer = start_omega_then_build_optimizer
-
-    begin_epoch = Trainer.begin_epoch
-
-    @functools.wraps(begin_epoch)
-    def log_omega_and_begin_epoch(trainer: Trainer, epoch: int) -> None:
-        if isinstance(trainer.get_model(), AdminModel):
-            metrics.log_omega(trainer)  # after a checkpoint's metrics, if any, have replaced those of the start
-        begin_epoch(trainer, epoch)
-
-    Trainer.begin_epoch = log_omega_and_begin_epoch
+    _wrap(Trainer, "_build_optimizer", _start_omega_then_build_optimizer)
+    Trainer._build_optimizer.starts_omega = True
+    _wrap(Trainer, "begin_epoch", _log_omega_and_begin_epoch)
     metrics.keep_out_of_text()
+    _wrap(EnsembleModelWithAlignment, "__init__", _wrap_models_and_ask)
 
     if torch.__version__ >= "2.6":
         # from here on torch.load refuses classes that are not listed
         torch.serialization.add_safe_globals([(kind, name) for name, kind in checkpoint.SAFE_GLOBALS.items()])
+
+
+def _wrap(kind: type, name: str, function: Callable[..., None]) -> None:
+    """Call ``function(method, self, ...)`` in the place of ``method(self, ...)``."""
+    method = getattr(kind, name)
+
+    @functools.wraps(method)
+    def wrapped(*args: Any) -> None:
+        function(method, *args)
+
+    setattr(kind, name, wrapped)
+
+
+def _start_omega_then_build_optimizer(build_optimizer: Callable[[Trainer], None], trainer: Trainer) -> None:
+    model = trainer.get_model()
+    if isinstance(model, AdminModel):
+        trainer.model  # noqa: B018  (with several workers, wrapping is what moves the model to its device)
+        start_omega(trainer)
+    elif isinstance(getattr(model, "module", None), RuledModel):
+        raise AdminError(FULLY_SHARDED)
+    build_optimizer(trainer)
+
+
+def _log_omega_and_begin_epoch(begin_epoch: Callable[[Trainer, int], None], trainer: Trainer, epoch: int) -> None:
+    if isinstance(trainer.get_model(), AdminModel):
+        metrics.log_omega(trainer)  # after a checkpoint's metrics, if any, have replaced those of the start
+    begin_epoch(trainer, epoch)
+
+
+def _wrap_models_and_ask(
+    wrap_models: Callable[..., None], ensemble: EnsembleModelWithAlignment, models: Sequence[torch.nn.Module]
+) -> None:
+    wrap_models(ensemble, models)
+    for model in models:
+        if isinstance(model, AdminModel):  # may have been prepared without --print-alignment
+            model.decoder.aligns = True
 
 
 def start_omega(trainer: Trainer) -> None:

@@ -49,7 +49,8 @@ class Rule(nn.Module):
 
 
 @functools.lru_cache(maxsize=None)
-def _mixed(rule: type[Rule], layer: type[nn.Module]) -> type[nn.Module]:
+def mixed(rule: type[nn.Module], layer: type[nn.Module]) -> type[nn.Module]:
+    """One class a pair, so that equal models have equal types."""
     return type(f"{rule.__name__}{layer.__name__}", (rule, layer), {})
 
 
@@ -61,7 +62,7 @@ def adopt(layer: nn.Module, rule: type[Rule], stack: str, layers: dict[str, int]
     """
     wrapped = vars(layer).pop("forward", None)  # by --checkpoint-activations, around the stock class's forward
     vars(layer).pop("precheckpoint_forward", None)
-    layer.__class__ = _mixed(rule, type(layer))
+    layer.__class__ = mixed(rule, type(layer))
     if stack == "encoder":
         layer.can_use_fastpath = False
         for name in FAST_PATH_COPIES:

@@ -19,6 +19,7 @@ from fairseq.models.transformer import TransformerModel
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
 from torch import Tensor, nn
 
+from admin_fairseq.attention import speed_up
 from admin_fairseq.errors import AdminError
 from admin_fairseq.layers import FAST_PATH_COPIES, Rule, RuledModel
 from admin_fairseq.norm import OmegaLayerNorm
@@ -150,10 +151,19 @@ class AdminModel(RuledModel):
             raise AdminError(f"--admin-profile-batches must be at least 1, not {batches}")
 
     @classmethod
+    def build_model(cls, args: Any, task: Any) -> AdminModel:
+        model = super().build_model(args, task)
+        config = task.args if task.cfg is None else task.cfg
+        model.decoder.aligns = getattr(config, "load_alignments", False)
+        return model
+
+    @classmethod
     def finish(cls, model: AdminModel, args: Namespace) -> AdminModel:
         for option in ("admin_init", "admin_profile", "admin_profile_batches"):
             setattr(model, option, getattr(args, option))
         model.admin_fast = getattr(args, "admin_fast", "measured")  # checkpoints of version 0.1.0 lack it
+        if model.admin_fast != "off":
+            speed_up(model.stacks(), everywhere=model.admin_fast == "all")
         for stack in model.stacks().values():
             norms = list(sub_layers(stack).values())
             for norm in norms:

@@ -27,7 +27,7 @@ from admin_fairseq import AdminError, sub_layers
 from admin_fairseq.checkpoint import load, settings
 from admin_fairseq.cli import main
 from admin_fairseq.errors import explain
-from admin_fairseq.fold import fold, unfold
+from admin_fairseq.fold import PADDING, fold, unfold
 from admin_fairseq.model import FAST_PATH_COPIES
 from admin_fairseq.verify import build as build_from
 from admin_fairseq.verify import verify
@@ -292,7 +292,7 @@ def adam_state(model, sample):
     optimizer = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad])
     model.zero_grad()
     logits = model(**sample["net_input"])[0]
-    F.cross_entropy(logits.transpose(1, 2), sample["target"]).backward()
+    F.cross_entropy(logits.transpose(1, 2), sample["target"], ignore_index=PADDING).backward()
     optimizer.step()
     return optimizer.state_dict()
 

@@ -1,0 +1,226 @@
+"""fairseq's attention by PyTorch's fused kernels, and alignments only for those who ask for them.
+
+Only how values are computed changes, to rounding; parameters and checkpoints stay. Everything that
+:class:`FastAttention` does not serve goes to fairseq's own ``forward``, which it inherits.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Callable
+
+import torch
+import torch.nn.functional as F
+from fairseq.models.transformer import TransformerDecoderBase
+from fairseq.modules import MultiheadAttention
+from torch import Tensor, nn
+
+from admin_fairseq.layers import mixed
+
+logger = logging.getLogger(__name__)
+
+EVERYWHERE = frozenset({"cpu", "cuda"})  # --admin-fast all
+# --admin-fast measured: the kinds of device on which each was measured to help
+FUSED_ATTENTION = frozenset({"cpu"})
+ONE_PROJECTION: frozenset[str] = frozenset()
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+class Fact:
+    """A yes-or-no question about a mask. The answer waits for the device, so it is asked once a batch, not a layer."""
+
+    def __init__(self, question: Callable[[Tensor], Tensor]) -> None:
+        self.question = question
+        self.mask: Tensor | None = None
+        self.state: tuple[int, bool] | None = None
+
+    def __call__(self, mask: Tensor) -> bool:
+        if mask.is_inference():  # such tensors do not say whether they were changed
+            return bool(self.question(mask))
+        if self.mask is not mask or self.state is None or self.state[0] != mask._version:
+            self.mask, self.state = mask, (mask._version, bool(self.question(mask)))
+        return self.state[1]
+
+
+def has_padding(mask: Tensor) -> Tensor:
+    """Of a padding mask (batch, time)."""
+    return mask.any()
+
+
+def is_right_padded(mask: Tensor) -> Tensor:
+    """Whether no token follows a pad, in a padding mask (batch, time)."""
+    return ~(mask[:, :-1] & ~mask[:, 1:]).any()
+
+
+class FastAttention(MultiheadAttention):
+    """fairseq's attention by ``scaled_dot_product_attention``: no weights are kept, and no mask a head.
+
+    It serves full sequences, in training and evaluation. fairseq's own ``forward`` serves the rest: steps of
+    incremental decoding, wanted attention weights, pruned heads, quantised or hooked projections, xFormers,
+    ``add_bias_kv`` and ``add_zero_attn``, masks other than the decoder's own causal one, and, on a CPU, attention
+    dropout (which has no fused kernel there). On a GPU attention dropout has the same distribution, but not the same
+    random numbers.
+
+    Under the causal mask, pads after the last token need no mask: no token sees them. Only what is computed at the
+    pads themselves differs from fairseq's, and it reaches neither a token nor the loss. That is used in training; in
+    evaluation values at pads are fairseq's, too.
+    """
+
+    # set by speed_up
+    devices: frozenset[str]
+    one_projection: frozenset[str]
+    decoder: tuple[TransformerDecoderBase, ...]  # whose causal mask this attention may get; in a tuple, no sub-module
+    fact: Fact  # what is to know of this attention's padding masks, shared by the layers of a stack
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        key_padding_mask: Tensor | None = None,
+        incremental_state: Any = None,
+        need_weights: bool = True,
+        static_kv: bool = False,
+        attn_mask: Tensor | None = None,
+        before_softmax: bool = False,
+        need_head_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As in fairseq: (time, batch, d) to (time, batch, d) and attention weights, here None."""
+        wants_more = incremental_state is not None or need_weights or before_softmax or need_head_weights
+        masks = None
+        if not wants_more and key is value and key is not None and self._is_served(query):
+            masks = self._masks(key_padding_mask, attn_mask)
+        if masks is None:
+            return super().forward(
+                query,
+                key,
+                value,
+                key_padding_mask=key_padding_mask,
+                incremental_state=incremental_state,
+                need_weights=need_weights,
+                static_kv=static_kv,
+                attn_mask=attn_mask,
+                before_softmax=before_softmax,
+                need_head_weights=need_head_weights,
+            )
+        mask, is_causal = masks
+        q, k, v = (self._heads(x) for x in self._project(query, key))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self._dropout(), is_causal=is_causal)
+        return self.out_proj(x.permute(2, 0, 1, 3).reshape(query.shape)), None
+
+    def _dropout(self) -> float:
+        module = self.dropout_module
+        return module.p if module.training or module.apply_during_inference else 0.0
+
+    def _is_served(self, query: Tensor) -> bool:
+        device = query.device.type
+        return (
+            device in self.devices
+            and not self.skip_embed_dim_check
+            and not self.onnx_trace
+            and self.beam_size == 1
+            and reason_against(self) is None
+            and (device != "cpu" or self._dropout() == 0)
+        )
+
+    def _masks(self, padding: Tensor | None, attn_mask: Tensor | None) -> tuple[Tensor | None, bool] | None:
+        """A mask of the keys that may be seen, (batch, 1, 1, time), and whether to be causal; None: not served."""
+        if attn_mask is not None:
+            # a view from the start of the decoder's own mask
+            known = self.decoder and attn_mask.data_ptr() == self.decoder[0]._future_mask.data_ptr()
+            served = known and (padding is None or (self.training and self.fact(padding)))
+            return (None, True) if served else None
+        if padding is None or (self.encoder_decoder_attention and not self.fact(padding)):
+            return None, False
+        return ~padding.bool()[:, None, None, :], False
+
+    def _project(self, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        if query.device.type not in self.one_projection:
+            return self.q_proj(query), self.k_proj(key), self.v_proj(key)
+        if key is query:
+            return _linear(query, self.q_proj, self.k_proj, self.v_proj)
+        return self.q_proj(query), *_linear(key, self.k_proj, self.v_proj)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(time, batch, d) to (batch, heads, time, d / heads), without a copy."""
+        return x.reshape(*x.shape[:2], self.num_heads, self.head_dim).permute(1, 2, 0, 3)
+
+
+def _linear(x: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
+    """Several projections of x as one matrix product."""
+    weight, bias = (torch.cat([getattr(projection, name) for projection in projections]) for name in ("weight", "bias"))
+    return F.linear(x, weight, bias).chunk(len(projections), dim=-1)
+
+
+def reason_against(attention: MultiheadAttention) -> str | None:
+    """Why this attention is always fairseq's own, if it is."""
+    if attention.use_xformers:
+        return "xFormers"
+    if attention.bias_k is not None or attention.add_zero_attn:
+        return "extra keys"
+    for name in PROJECTIONS:
+        projection = getattr(attention, name)
+        if type(projection) is not nn.Linear or projection._forward_pre_hooks or projection._forward_hooks:
+            return "quantised or hooked projections"
+    return None
+
+
+class AlignsOnDemand(nn.Module):
+    """A decoder that computes its last layer's attention weights for those who ask; mixed in before fairseq's class.
+
+    fairseq's own computes them for every batch and at every step of decoding. Who asks: a call with
+    ``alignment_layer``, ``alignment_heads`` or ``full_context_alignment``; in training a task that loads alignments;
+    in evaluation everybody until ``prepare_for_inference_`` says that no alignment is printed, and after that
+    fairseq's generator with alignments.
+    """
+
+    aligns = False  # is asked in any case
+
+    def extract_features(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: Any,
+        incremental_state: Any = None,
+        full_context_alignment: bool = False,
+        alignment_layer: int | None = None,
+        alignment_heads: int | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        is_asked = full_context_alignment or alignment_layer is not None or alignment_heads is not None
+        # not next(iter(layers)): LayerDrop's list draws random numbers
+        by_default = self.aligns or (not self.training and self.layers[-1].need_attn)
+        if not is_asked and not by_default:
+            alignment_layer = -1  # no layer has this number
+        return super().extract_features(
+            prev_output_tokens,
+            encoder_out,
+            incremental_state,
+            full_context_alignment,
+            alignment_layer,
+            alignment_heads,
+        )
+
+
+def speed_up(stacks: dict[str, nn.Module], everywhere: bool) -> None:
+    """Let the stacks of a model use what is measured to help, or all of it; in place."""
+    reasons = set()
+    is_missing = not hasattr(F, "scaled_dot_product_attention")  # before torch 2.0
+    for name, stack in stacks.items():
+        right_padded, padded = Fact(is_right_padded), Fact(has_padding)
+        for module in stack.modules():
+            if type(module) is not MultiheadAttention:
+                continue
+            reason = f"torch {torch.__version__}" if is_missing else reason_against(module)
+            if reason is not None:
+                reasons.add(reason)
+                continue
+            module.__class__ = FastAttention
+            module.devices, module.one_projection = FUSED_ATTENTION, ONE_PROJECTION
+            if everywhere:
+                module.devices = module.one_projection = EVERYWHERE
+            module.decoder = (stack,) if name == "decoder" else ()
+            module.fact = padded if module.encoder_decoder_attention else right_padded
+    if reasons:
+        logger.info(f"Admin: fairseq's own attention is used, because of {', '.join(sorted(reasons))}")
+    decoder = stacks["decoder"]
+    decoder.__class__ = mixed(AlignsOnDemand, type(decoder))
