@@ -40,7 +40,7 @@ setup(
         ],
         "demo": ["matplotlib"],
         "deploy": ["ctranslate2>=4", "starlette", "uvicorn"],
-        "test": ["pytest", "pytest-xdist", "ruff"],
+        "test": ["pytest", "pytest-xdist", "ruff", "triton>=3; platform_system == 'Linux'"],
     },
     entry_points={"console_scripts": ["admin-fairseq = admin_fairseq.cli:main"]},
 )

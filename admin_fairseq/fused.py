@@ -24,6 +24,9 @@ Fused = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
 
 _is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)  # torch 2.1
 
+# whether backward runs with retain_graph; torch 2.1
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
 
 def choose(fast: str, f: Tensor, x: Tensor, omega: Tensor, weight: Tensor, p: float) -> Fused | None:
     """What computes LN(omega * x + dropout(f)): ``fused(f, x, omega, weight, bias, eps, p)``, or None for eager.
@@ -102,7 +105,8 @@ class _FewerPasses(torch.autograd.Function):
             domega = (domega.sum(0, keepdim=True) if omega.numel() == 1 else domega) / ctx.scale
         if mask is None:
             return scaled_ds, scaled_ds * omega, domega, dweight, dbias, None, None
-        return scaled_ds * mask, scaled_ds.mul_(omega / ctx.scale), domega, dweight, dbias, None, None
+        df = scaled_ds * mask if _keeps_graph() else mask.mul_(scaled_ds)
+        return df, scaled_ds.mul_(omega / ctx.scale), domega, dweight, dbias, None, None
 
 
 def few_passes(f: Tensor, x: Tensor, omega: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float) -> Tensor:

@@ -112,6 +112,22 @@ def _backward(
         tl.store(sums_ptr + 2 * tl.num_programs(0) * D + at, tl.sum(domega, 0), col < D)
 
 
+def constants(width: int, p: float, is_scalar: bool, is_double: bool) -> dict[str, Any]:
+    """What the kernels are compiled for. Block sizes are powers of two; narrow rows share a program."""
+    block = max(16, triton.next_power_of_2(width))
+    tile_rows = max(1, TILE // block)
+    return {
+        "SCALE": 1 / (1 - p),
+        "DROP": round(p * 2**31),
+        "SCALAR": is_scalar,
+        "COMPUTE": tl.float64 if is_double else tl.float32,
+        "D": width,
+        "BLOCK": block,
+        "R": tile_rows,
+        "num_warps": max(4, min(16, block * tile_rows // 256)),
+    }
+
+
 class _OmegaLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -124,22 +140,11 @@ class _OmegaLayerNorm(torch.autograd.Function):
         if torch.is_autocast_enabled() and dtype != torch.float64:
             dtype = torch.float32  # as autocast runs layer_norm
         is_double = dtype == torch.float64
-        ctx.seed = int(torch.randint(2**62, ())) if p else 0  # on the CPU: the GPU is not waited for
-        block = max(16, triton.next_power_of_2(width))
-        tile_rows = max(1, TILE // block)
-        ctx.constants = {
-            "SCALE": 1 / (1 - p),
-            "DROP": round(p * 2**31),
-            "SCALAR": omega.numel() == 1,
-            "COMPUTE": tl.float64 if is_double else tl.float32,
-            "D": width,
-            "BLOCK": block,
-            "R": tile_rows,
-            "num_warps": max(4, min(16, block * tile_rows // 256)),
-        }
+        ctx.seed = int(torch.randint(2**62, (), device="cpu")) if p else 0  # the GPU is not waited for
+        ctx.constants = constants(width, p, omega.numel() == 1, is_double)
         y = torch.empty(x.shape, dtype=dtype, device=x.device)
         stats = torch.empty(2, rows, dtype=torch.float64 if is_double else torch.float32, device=x.device)
-        grid = (max(1, triton.cdiv(rows, tile_rows)),)
+        grid = (max(1, triton.cdiv(rows, ctx.constants["R"])),)
         with torch.cuda.device_of(x):
             _forward[grid](f, x, omega, weight, bias, y, stats, rows, ctx.seed, eps=eps, **ctx.constants)
         ctx.save_for_backward(f, x, omega, weight, bias, stats)
@@ -172,16 +177,14 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def omega_layer_norm(
-    f: Tensor, x: Tensor, omega: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float
-) -> Tensor:
+def omega_layer_norm(f: Tensor, x: Tensor, omega: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float) -> Tensor:
     """LN(omega * x + dropout(f)) with gradients for f, x, omega, weight and bias; they cannot be differentiated again.
 
     Shapes: f and x (..., d) with d at most ``MAX_WIDTH``; omega (d,) or (1,); weight and bias (d,). The result has x's
     shape, and the dtype that the same operations of torch would give, under autocast too.
 
     Args:
-        p: the probability, below 1, of dropping an element of f; 0 where dropout is off. The mask's seed is drawn from torch's
-            CPU generator, which activation checkpointing restores.
+        p: the probability, below 1, of dropping an element of f; 0 where dropout is off. The mask's seed is drawn from
+            torch's CPU generator, which activation checkpointing restores.
     """
     return _OmegaLayerNorm.apply(f, x, omega, weight, bias, eps, p)

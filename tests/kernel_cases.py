@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from fairseq.modules.checkpoint_activations import checkpoint_wrapper
+from torch import Tensor, nn
 
 from admin_fairseq.kernels import omega_layer_norm
 
@@ -26,8 +26,8 @@ def eager(f: Tensor, x: Tensor, omega: Tensor, weight: Tensor, bias: Tensor) -> 
 
 
 def gradients(y: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    dy = torch.linspace(0, 50, y.numel(), device=DEVICE, dtype=torch.float64).sin().view(y.shape).to(y.dtype)
-    return list(torch.autograd.grad(y, [t for t in tensors if t.requires_grad], dy))
+    dy = torch.linspace(0, 50, y.numel(), device=DEVICE).sin().view(y.shape).bfloat16()  # the same number in any dtype
+    return list(torch.autograd.grad(y, [t for t in tensors if t.requires_grad], dy.to(y.dtype), retain_graph=True))
 
 
 def assert_near(got: list[Tensor], expected: list[Tensor], bound: float) -> None:
@@ -40,11 +40,13 @@ def assert_near(got: list[Tensor], expected: list[Tensor], bound: float) -> None
 @pytest.mark.parametrize("width", [2, 33, 512, 1000, 8192])
 @pytest.mark.parametrize(
     ("dtype", "bound"),
-    [(torch.float64, 1e-11), (torch.float32, 1e-3), (torch.bfloat16, 8e-3), (torch.float16, 2e-3)],
+    [(torch.float64, 1e-11), (torch.float32, 1e-5), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)],
 )
 def test_output_and_gradients(width, dtype, bound):
     """Against the equation in fp64. Width 2 is ill-conditioned: what is left of its gradients is rounding."""
-    shape = (7, 3, width) if width < 1000 else (3, 1, width)
+    if width == 8192 and dtype != torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("the interpreter is slow")
+    shape = (7, 3, width) if width < 512 else (3, 1, width)
     tensors = inputs(shape, dtype)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     y, expected = omega_layer_norm(*tensors, EPS, 0.0), eager(*exact)
@@ -64,7 +66,7 @@ def test_width_one():
 
 def test_more_rows_than_programs():
     """Each program of the backward goes over several tiles, the last of them not full."""
-    tensors = inputs((4 * 4 * 132 * 64 + 5 if DEVICE == "cuda" else 1027, 16), torch.float64)
+    tensors = inputs((4 * 4 * 132 * 64 + 5 if DEVICE == "cuda" else 267, 16), torch.float64)
     y, expected = omega_layer_norm(*tensors, EPS, 0.0), eager(*tensors)
     assert_near([y, *gradients(y, tensors)], [expected, *gradients(expected, tensors)], 1e-10)
 
@@ -80,7 +82,9 @@ def test_what_is_trained_of_omega(omega):
 
 
 def test_gradcheck():
-    assert torch.autograd.gradcheck(lambda *tensors: omega_layer_norm(*tensors, EPS, 0.0), inputs((3, 5), torch.float64))
+    assert torch.autograd.gradcheck(
+        lambda *tensors: omega_layer_norm(*tensors, EPS, 0.0), inputs((2, 3), torch.float64)
+    )
 
 
 def test_layout_of_the_inputs():
@@ -117,8 +121,8 @@ def test_dtypes_are_those_of_eager():
 
 
 def masks(count: int, p: float) -> Tensor:
-    """Which of 64 x 500 elements a forward pass keeps, seen in the gradient of f; ``count`` passes."""
-    f, x, omega, weight, bias = inputs((64, 500), torch.float32)
+    """Which of 64 x 250 elements a forward pass keeps, seen in the gradient of f; ``count`` passes."""
+    f, x, omega, weight, bias = inputs((64, 250), torch.float32)
     kept = []
     for _ in range(count):
         y = omega_layer_norm(f, x, omega, weight, bias, EPS, p)
@@ -126,9 +130,9 @@ def masks(count: int, p: float) -> Tensor:
     return torch.stack(kept).float()
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_statistics(p):
+def test_dropout_statistics():
     """The rate, over all and by row and column; neighbours, and passes, are independent. Bounds: 5 deviations."""
+    p = 0.1
     torch.manual_seed(3)
     kept = masks(2, p)
     assert not torch.equal(kept[0], kept[1])
@@ -157,7 +161,13 @@ def test_dropout_is_scaled_and_the_same_in_backward():
     assert_near([y, *got], [expected, *gradients(expected, tensors)], 1e-11)
 
 
+class SubLayer(nn.Module):
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return omega_layer_norm(*tensors, EPS, 0.5)
+
+
 def test_mask_follows_torchs_seed_and_is_replayed():
+    """By fairseq's --checkpoint-activations, whose forward runs once more in backward."""
     tensors = inputs((6, 33), torch.float32)
     torch.manual_seed(5)
     first = omega_layer_norm(*tensors, EPS, 0.5)
@@ -166,7 +176,8 @@ def test_mask_follows_torchs_seed_and_is_replayed():
     again = omega_layer_norm(*tensors, EPS, 0.5)
     assert torch.equal(first, again) and not torch.equal(first, second)
     torch.manual_seed(5)
-    replayed = checkpoint(omega_layer_norm, *tensors, EPS, 0.5, use_reentrant=True)
+    replayed = checkpoint_wrapper(SubLayer())(*tensors)
+    torch.manual_seed(6)  # where training goes on
     assert torch.equal(first, replayed)
     assert_near(gradients(first, tensors), gradients(again, tensors), 0.0)
     replayed.backward(torch.ones_like(replayed))
@@ -186,4 +197,4 @@ def test_gradients_cannot_be_differentiated():
     tensors = inputs((2, 16), torch.float32)
     y = omega_layer_norm(*tensors, EPS, 0.0)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        torch.autograd.grad(y.sum(), tensors[0], create_graph=True)[0].sum().backward()
+        torch.autograd.grad(y.square().sum(), tensors[0], create_graph=True)[0].sum().backward()

@@ -91,4 +91,3 @@ def test_stays_eager_where_it_must(caplog):
         for _ in range(2):
             assert fused._kernel(torch.device("cpu"), frozenset([torch.complex64]), 6) is None
     assert caplog.text.count("computed eagerly") == 1
-
