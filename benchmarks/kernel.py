@@ -70,7 +70,7 @@ def copy_bandwidth() -> float:
     source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
     on_gpu([lambda: target.copy_(source)] * 5, True)
-    return 2 * source.nbytes / statistics.median(on_gpu([lambda: target.copy_(source)] * 5, True) for _ in range(7))
+    return 2 * source.numel() * 4 / statistics.median(on_gpu([lambda: target.copy_(source)] * 5, True) for _ in range(7))
 
 
 def measure_gpu(args: argparse.Namespace) -> list[dict[str, object]]:
@@ -83,7 +83,7 @@ def measure_gpu(args: argparse.Namespace) -> list[dict[str, object]]:
     ways = {"stock": stock, "eager": eager, "fused": kernel}
     for width in args.widths:
         for tokens in args.tokens:
-            size = tokens * width * DTYPES[args.dtype].itemsize
+            size = tokens * width * x.element_size()
             sets = [inputs(tokens, width, DTYPES[args.dtype], "cuda") for _ in range(max(3, 2**28 // (3 * size)))]
             calls: dict[tuple[str, str], list[Callable[[], object]]] = {}
             for way, compute in ways.items():

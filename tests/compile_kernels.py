@@ -10,6 +10,7 @@ import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from triton.tools.disasm import get_sass
 
 from admin_fairseq import kernels
 
@@ -39,4 +40,4 @@ for width in (512, 1024, 1000):
         # f and x to y; dy, f and x to df and dx
         minimum = {"ld": 2, "st": 1} if kernel is kernels._forward else {"ld": 3, "st": 2}
         assert all(vectors.count(what) >= count for what, count in minimum.items()), (kernel, width, vectors)
-        assert not re.search(r"\b(LDL|STL)\b", triton.tools.disasm.get_sass(asm["cubin"])), (kernel, width)
+        assert not re.search(r"\b(LDL|STL)\b", get_sass(asm["cubin"])), (kernel, width)

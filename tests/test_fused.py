@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import csv
 import logging
+import sys
 
 import pytest
 import torch
 from test_norm import norm_with_values
 from torch import nn
 
-from admin_fairseq import fused
+from admin_fairseq import AdminError, fused
 from admin_fairseq.norm import OmegaLayerNorm
+from benchmarks import kernel
 
 
 def gradients(norm: OmegaLayerNorm, f: torch.Tensor, x: torch.Tensor, fast: str) -> list[torch.Tensor]:
@@ -91,3 +94,19 @@ def test_stays_eager_where_it_must(caplog):
         for _ in range(2):
             assert fused._kernel(torch.device("cpu"), frozenset([torch.complex64]), 6) is None
     assert caplog.text.count("computed eagerly") == 1
+
+
+def test_benchmark(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["kernel.py", "--out", str(tmp_path)])
+    with pytest.raises(AdminError, match="no GPU"):
+        kernel.main()
+    assert not list(tmp_path.iterdir())
+    small = ["--device", "cpu", "--widths", "8", "--tokens", "16", "--rounds", "2"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, *small])
+    kernel.main()
+    with open(tmp_path / "kernel.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["computed"] for row in rows] == ["stock", "eager", "fused"]
+    assert rows[0]["of stock, median of rounds"] == "1.00"
+    assert (tmp_path / "kernel.md").read_text().splitlines()[4] in capsys.readouterr().out
