@@ -69,8 +69,9 @@ def copy_bandwidth() -> float:
     """Bytes read and written a second by a device-to-device copy."""
     source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
-    on_gpu([lambda: target.copy_(source)] * 5, True)
-    return 2 * source.numel() * 4 / statistics.median(on_gpu([lambda: target.copy_(source)] * 5, True) for _ in range(7))
+    calls = [lambda: target.copy_(source)] * 5
+    on_gpu(calls, True)
+    return 2 * source.numel() * 4 / statistics.median(on_gpu(calls, True) for _ in range(7))
 
 
 def measure_gpu(args: argparse.Namespace) -> list[dict[str, object]]:
