@@ -41,7 +41,7 @@ setup(
         "analyze": ["matplotlib"],
         "demo": ["matplotlib"],
         "deploy": ["ctranslate2>=4", "starlette", "uvicorn"],
-        "test": ["pytest", "pytest-xdist", "ruff", "tensorboard"],
+        "test": ["pytest", "pytest-xdist", "ruff", "tensorboard", "triton>=3; platform_system == 'Linux'"],
     },
     entry_points={"console_scripts": ["admin-fairseq = admin_fairseq.cli:main"]},
 )

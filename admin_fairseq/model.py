@@ -167,6 +167,7 @@ class AdminModel(RuledModel):
         for stack in model.stacks().values():
             norms = list(sub_layers(stack).values())
             for norm in norms:
+                norm.fast = model.admin_fast
                 if args.admin_omega == "scalar":
                     norm.omega = nn.Parameter(norm.omega[:1].clone(), norm.omega.requires_grad)
                 elif args.admin_omega == "fixed":

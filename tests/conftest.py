@@ -96,6 +96,17 @@ def run(command: str, *arguments: Any, cwd: Path = ROOT, input: str | None = Non
         return Result(code, out.read_text(errors="replace"))
 
 
+def run_alone(tmp_path: Path, *arguments: str, **environment: str) -> None:
+    """Python in a process of its own: Triton must know before it is imported whether it interprets."""
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT / "tests", env={**os.environ, **environment}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+
+
 def train(data: Path, save_dir: Path, *arguments: Any, arch: str = "transformer_admin", updates: int = 4) -> Result:
     """``fairseq-train`` on a tiny model; later arguments win."""
     return run(

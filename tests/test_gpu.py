@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, TRAIN, checkpoint, run
+import torch.nn.functional as F
+from conftest import TINY, TRAIN, checkpoint, run, run_alone
 from test_distributed import Group
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -77,6 +78,44 @@ def test_two_workers_on_one_gpu(data, tmp_path):
     one = train(data, tmp_path / "one", "--admin-profile-batches", "2", "--dropout", "0.3", updates=1)
     assert one.code == 0, one.output
     assert profiled(tmp_path / "two" / "0")[1] == pytest.approx(profiled(tmp_path / "one")[1], rel=1e-5)
+
+
+def test_kernels(tmp_path):
+    """The cases that test_kernels.py interprets on a CPU."""
+    pytest.importorskip("triton")
+    options = ["-m", "pytest", "kernel_cases.py", "--noconftest", "-p", "no:cacheprovider", "-q"]
+    run_alone(tmp_path, *options, TRITON_INTERPRET="0")
+
+
+def test_kernels_beyond_2_31_elements():
+    """Offsets need 64 bits; the last rows show it. Uses 26 GB."""
+    kernels = pytest.importorskip("admin_fairseq.kernels")
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GB of GPU memory")
+    torch.manual_seed(1)
+    shape = (2**21 + 8, 1024)
+    f, x = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(2))
+    omega, weight, bias = torch.randn(3, 1024, device="cuda", dtype=torch.bfloat16)
+    y = kernels.omega_layer_norm(f, x, omega, weight, bias, 1e-5, 0.0)
+    y.backward(f.detach())
+    tail = [t[-16:].detach().double().requires_grad_() for t in (f, x)]
+    expected = F.layer_norm(tail[1] * omega + tail[0], (1024,), weight.double(), bias.double(), 1e-5)
+    expected.backward(tail[0].detach())
+    for got, other in ((y, expected), (f.grad, tail[0].grad), (x.grad, tail[1].grad)):
+        assert (got[-16:].double() - other).norm() < 0.01 * other.norm()
+
+
+@pytest.mark.parametrize("flags", ["", "--fp16", "--amp", "--bf16", "--checkpoint-activations"])
+def test_training_with_kernels(data, tmp_path, flags):
+    """--admin-fast all trains as eager does; without dropout, whose masks are others."""
+    pytest.importorskip("triton")
+    losses = []
+    for fast in ("all", "off"):
+        options = [*flags.split(), "--dropout", "0", "--admin-init", "logn", "--no-save", "--admin-fast", fast]
+        result = train(data, tmp_path / fast, *options, "--fp16-init-scale", "4")
+        assert result.code == 0 and "computed eagerly" not in result.output, result.output
+        losses.append([float(loss.split()[0]) for loss in result.losses().values()])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02 if flags else 1e-3)
 
 
 @pytest.mark.slow

@@ -1,0 +1,117 @@
+"""Faster computations of :mod:`admin_fairseq.norm`'s equation, and where each is used.
+
+On CPUs, :class:`_FewerPasses`: torch's own operations, each on whole tensors, but fewer of them. On GPUs, the kernels
+of :mod:`admin_fairseq.kernels`. Both give the eager values to rounding, and neither can be differentiated twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+logger = logging.getLogger(__name__)
+
+# torch.cuda.get_device_name() of the GPUs where benchmarks/kernel.py found the kernels faster than eager: none was
+# to be had. Elsewhere --admin-fast all turns them on.
+MEASURED_GPUS: frozenset[str] = frozenset()
+
+Fused = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
+
+_is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)  # torch 2.1
+
+# whether backward runs with retain_graph; torch 2.1
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def choose(fast: str, f: Tensor, x: Tensor, omega: Tensor, weight: Tensor, p: float) -> Fused | None:
+    """What computes LN(omega * x + dropout(f)): ``fused(f, x, omega, weight, bias, eps, p)``, or None for eager.
+
+    ``fast`` is --admin-fast: "measured", "all" or "off". Where it asks for the kernels and they cannot run, a line is
+    logged that says why, once.
+    """
+    if fast == "off" or p >= 1 or _is_compiling() or torch.jit.is_tracing():
+        return None
+    if not x.is_cuda:
+        same = {t.dtype for t in (f, x, omega, weight)} in ({torch.float32}, {torch.float64})
+        return few_passes if same and x.device.type == "cpu" else None
+    if fast == "measured" and torch.cuda.get_device_name(x.device) not in MEASURED_GPUS:
+        return None
+    if torch.cuda.is_current_stream_capturing():  # a CUDA graph would replay one dropout mask
+        return None
+    return _kernel(x.device, frozenset((f.dtype, x.dtype, omega.dtype, weight.dtype)), x.shape[-1])
+
+
+@functools.lru_cache(maxsize=None)
+def _kernel(device: torch.device, dtypes: frozenset[torch.dtype], width: int) -> Fused | None:
+    try:
+        from admin_fairseq import kernels
+
+        if not dtypes <= {torch.float32, torch.float16, torch.bfloat16}:
+            raise ValueError(f"dtype {', '.join(map(str, dtypes))}")
+        if width > kernels.MAX_WIDTH:
+            raise ValueError(f"width {width}")
+        x = torch.zeros(1, 16, device=device)  # a GPU too old, or no C compiler, shows only when something is run
+        kernels.omega_layer_norm(x, x, x[0], x[0], x[0], 1e-5, 0.0)
+    except Exception as error:
+        _say(str(error).strip().split("\n")[0] or type(error).__name__)
+        return None
+    return kernels.omega_layer_norm
+
+
+@functools.lru_cache(maxsize=None)
+def _say(reason: str) -> None:
+    logger.warning(f"the fused kernels cannot run here ({reason}): sub-layers are computed eagerly")
+
+
+class _FewerPasses(torch.autograd.Function):
+    """The equation for tensors of one dtype, fp32 or fp64, on a CPU.
+
+    Eager makes a tensor of omega * x and one of the scaled dropout mask; backward, one of ds * x to sum it up. Here
+    omega * x is added to in place, the mask stays unscaled (its 1 / (1 - p) goes into d-vectors), and the sum over
+    tokens of ds * x is what LayerNorm's backward returns for its weight, given mean 0 and deviation 1.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, f: Tensor, x: Tensor, omega: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float
+    ) -> Tensor:
+        ctx.scale = 1 / (1 - p)
+        if p == 0:
+            mask, s = None, torch.addcmul(f, x, omega)
+        else:
+            mask = torch.empty_like(f).bernoulli_(1 - p)  # the draws of F.dropout, from the same generator
+            s = (x * omega).addcmul_(f, mask, value=ctx.scale)
+        y, mean, rstd = torch.native_layer_norm(s, weight.shape, weight, bias, eps)
+        ctx.save_for_backward(x, omega, weight, bias, s, mean, rstd, mask)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, omega, weight, bias, s, mean, rstd, mask = ctx.saved_tensors
+        layer_norm_backward = torch.ops.aten.native_layer_norm_backward
+        scaled_ds, dweight, dbias = layer_norm_backward(
+            dy, s, weight.shape, mean, rstd, weight * ctx.scale, bias, [True, True, True]
+        )
+        domega = None
+        if ctx.needs_input_grad[2]:
+            zero, one = torch.zeros_like(mean), torch.ones_like(rstd)
+            domega = layer_norm_backward(scaled_ds, x, weight.shape, zero, one, weight, bias, [False, True, False])[1]
+            domega = (domega.sum(0, keepdim=True) if omega.numel() == 1 else domega) / ctx.scale
+        if mask is None:
+            return scaled_ds, scaled_ds * omega, domega, dweight, dbias, None, None
+        df = scaled_ds * mask if _keeps_graph() else mask.mul_(scaled_ds)
+        return df, scaled_ds.mul_(omega / ctx.scale), domega, dweight, dbias, None, None
+
+
+def few_passes(f: Tensor, x: Tensor, omega: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float) -> Tensor:
+    """LN(omega * x + dropout(f)), each element of f dropped with probability p < 1.
+
+    Shapes: f and x (..., d); omega (d,) or (1,); weight and bias (d,).
+    """
+    return _FewerPasses.apply(f, x, omega, weight, bias, eps, p)
