@@ -103,7 +103,7 @@ def against_depth(table: Sequence[dict[str, Any]]) -> bytes:
             style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
             axis.plot(*zip(*points), linewidth=1.5, marker="o", markersize=4, **style)
             ends.append((*points[-1], method, style))
-        axis.set_ylim(0)
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.set_xticks([layers for layers, _ in depths], [depth for _, depth in depths])
         axis.set_xlim(axis.get_xlim())
         _label(axis, ends)

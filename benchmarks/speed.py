@@ -147,7 +147,7 @@ def _measure(setting: Setting) -> Row:
             seconds = clocks[method].step(batch)
             if number >= WARMUP:
                 rounds[method].append({**seconds, **counts(batch, trainers[method])})
-    answer: Row = {"rounds": rounds, "parameters": {}, "prepass": {}, "generation": {}}
+    answer: Row = {"rounds": rounds, "parameters": {}, "prepass": {}, "generation": {}, "matmul": 0.0}
     answer["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_memory(os.getpid())
     for method, trainer in trainers.items():
         model = trainer.get_model()
@@ -156,7 +156,8 @@ def _measure(setting: Setting) -> Row:
             answer["prepass"][method] = prepass(trainer, clocks[method], batches[0], setting["rounds"])
     if setting["generate"]:
         answer["generation"] = generate(trainers, batches[0], setting)
-    answer["matmul"] = matmul_rate(next(first.get_model().parameters()))
+    if setting["matmul"]:
+        answer["matmul"] = matmul_rate(next(first.get_model().parameters()))
     return answer
 
 
@@ -230,7 +231,7 @@ def matmul_rate(like: torch.Tensor) -> float:
     n = 8192 if like.is_cuda else 1024
     a, b = (torch.randn(n, n, device=like.device).to(like.dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(10):
+    for _ in range(5):
         if like.is_cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()
@@ -284,9 +285,10 @@ def measure_all(args: Namespace, folder: str, data: str, worker: Callable[[Setti
         for tokens in args.max_tokens:
             base = {"depth": depth, "max_tokens": tokens, "rounds": args.rounds, "methods": args.methods}
             base.update({"data": data, "folder": folder, "device": args.device, "dtype": args.dtype})
-            base.update({"threads": args.threads, "extra": args.extra, "prepass": True, "beam": args.beam})
+            base.update({"threads": args.threads, "extra": args.extra, "prepass": True, "matmul": True})
             base.update({"generate": tokens == args.max_tokens[0] and not args.no_generate, "length": args.length})
-            alone = {**base, "rounds": 1, "prepass": False, "generate": False}
+            base.update({"beam": args.beam})
+            alone = {**base, "rounds": 1, "prepass": False, "generate": False, "matmul": args.one_at_a_time}
             each: list[Row] = []
             if args.one_at_a_time:
                 for number in range(args.rounds):
@@ -385,7 +387,7 @@ def gpu_report(args: Namespace, folder: str, data: str, worker: Callable[[Settin
     for method, depth, dtype, extra in PLAN:
         setting = {"depth": depth, "methods": [method], "dtype": dtype, "extra": [*args.extra, *extra], "data": data}
         setting.update({"rounds": args.rounds, "folder": folder, "device": "cuda", "threads": 0, "prepass": False})
-        setting.update({"generate": False, "beam": args.beam, "length": args.length})
+        setting.update({"generate": False, "matmul": True, "beam": args.beam, "length": args.length})
 
         def measure_at(tokens: int, setting: Setting = setting) -> Row:
             return worker({**setting, "max_tokens": tokens})
