@@ -21,11 +21,12 @@ from typing import Any, Callable, Iterator, Sequence
 import fairseq
 import numpy as np
 import torch
+from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.distributed import utils as distributed_utils
 from fairseq.sequence_generator import EnsembleModelWithAlignment
 from fairseq.trainer import Trainer
 
-from admin_fairseq import checkpoint, metrics
+from admin_fairseq import checkpoint, loss, metrics, optim
 from admin_fairseq.errors import AdminError
 from admin_fairseq.layers import FULLY_SHARDED, RuledModel
 from admin_fairseq.model import AdminModel, sub_layers
@@ -36,9 +37,7 @@ logger = logging.getLogger(__name__)
 
 def install() -> None:
     """Wrap what of fairseq has to know of Admin, and let torch >= 2.6 load the checkpoints that fairseq writes."""
-    if hasattr(
-        Trainer._build_optimizer, "starts_omega"
-    ):  # a copy of this package under another name is a second user dir
+    if hasattr(Trainer._build_optimizer, "starts_omega"):  # a copy of this package under another name is a user dir too
         return
     _wrap(Trainer, "_build_optimizer", _start_omega_then_build_optimizer)
     Trainer._build_optimizer.starts_omega = True
@@ -56,8 +55,8 @@ def _wrap(kind: type, name: str, function: Callable[..., None]) -> None:
     method = getattr(kind, name)
 
     @functools.wraps(method)
-    def wrapped(*args: Any) -> None:
-        function(method, *args)
+    def wrapped(*args: Any, **options: Any) -> None:
+        function(method, *args, **options)
 
     setattr(kind, name, wrapped)
 
@@ -70,6 +69,8 @@ def _start_omega_then_build_optimizer(build_optimizer: Callable[[Trainer], None]
     elif isinstance(getattr(model, "module", None), RuledModel):
         raise AdminError(FULLY_SHARDED)
     build_optimizer(trainer)
+    if isinstance(model, AdminModel):
+        _speed_up(trainer)
 
 
 def _log_omega_and_begin_epoch(begin_epoch: Callable[[Trainer, int], None], trainer: Trainer, epoch: int) -> None:
@@ -85,6 +86,19 @@ def _wrap_models_and_ask(
     for model in models:
         if isinstance(model, AdminModel):  # may have been prepared without --print-alignment
             model.decoder.aligns = True
+
+
+def _speed_up(trainer: Trainer) -> None:
+    """Put the faster loss and optimizer in, as --admin-fast says."""
+    model, criterion = trainer.get_model(), trainer.get_criterion()
+
+    def wanted(measured: tuple[str, ...]) -> bool:
+        return model.admin_fast == "all" or (model.admin_fast == "measured" and trainer.device.type in measured)
+
+    if wanted(loss.MEASURED) and type(criterion) is LabelSmoothedCrossEntropyCriterion:  # not what is derived from it
+        loss.make_blockwise(criterion)
+    if wanted(optim.MEASURED):
+        optim.fuse(trainer.optimizer)
 
 
 def start_omega(trainer: Trainer) -> None:

@@ -77,3 +77,35 @@ def _label(axis: Any, ends: list[tuple[float, float, str, dict[str, Any]]]) -> N
             va="center",
             annotation_clip=False,
         )
+
+
+def against_depth(table: Sequence[dict[str, Any]]) -> bytes:
+    """A PNG with tokens a second and peak memory against the number of layers, a labelled line a method.
+
+    ``table`` has rows with depth, layers, method, max_tokens, tokens_per_s and memory_mb; of several batch sizes the
+    first is drawn.
+    """
+    table = [row for row in table if row["max_tokens"] == table[0]["max_tokens"]]
+    wanted = {"tokens_per_s": ("target tokens a second", 1), "memory_mb": ("peak memory, GiB", 1024)}
+    wanted = {key: value for key, value in wanted.items() if any(row.get(key) for row in table)}
+    size = (1 + 4.4 * len(wanted), 4.2)
+    figure, axes = pyplot.subplots(1, len(wanted), figsize=size, squeeze=False, layout="constrained")
+    depths = sorted({(row["layers"], row["depth"]) for row in table})
+    for axis, (key, (label, unit)) in zip(axes[0], wanted.items()):
+        axis.set(xlabel="layers (encoder-decoder)", ylabel=label)
+        ends: list[Any] = []
+        for i, method in enumerate(dict.fromkeys(row["method"] for row in table)):
+            points = sorted(
+                (row["layers"], row[key] / unit) for row in table if row["method"] == method and row.get(key)
+            )
+            look = style(i)
+            axis.plot(*zip(*points), linewidth=1.5, marker="o", markersize=4, **look)
+            ends.append((*points[-1], method, look))
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
+        axis.set_xticks([layers for layers, _ in depths], [depth for _, depth in depths])
+        axis.set_xlim(axis.get_xlim())
+        _label(axis, ends)
+    out = io.BytesIO()
+    figure.savefig(out, dpi=150, format="png")
+    pyplot.close(figure)
+    return out.getvalue()

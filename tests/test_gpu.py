@@ -68,6 +68,18 @@ def test_cuda_random_state_is_left_alone(data, tmp_path):
     assert first.losses() == second.losses()
 
 
+@pytest.mark.parametrize("flags", ["", "--bf16", "--fp16"])
+def test_fast_computations_are_the_plain_ones(data, tmp_path, flags):
+    """To rounding; the loss in blocks and the fused Adam are not on by default here until they are measured."""
+    losses = {}
+    for fast in ("off", "all"):
+        result = train(data, tmp_path / fast, "--dropout", "0", "--admin-fast", fast, *flags.split(), updates=5)
+        assert result.code == 0, result.output
+        assert "fairseq's own Adam is used" not in result.output
+        losses[fast] = [float(loss.split()[0]) for loss in result.losses().values()]
+    assert losses["all"] == pytest.approx(losses["off"], rel=1e-4 if not flags else 1e-2)
+
+
 def test_two_workers_on_one_gpu(data, tmp_path):
     """gloo, since nccl wants a GPU a worker: the model is on its device only once fairseq has wrapped it."""
     options = ["--ddp-backend", "legacy_ddp", "--dropout", "0.3", "--max-update", "2", "--device-id", "0"]

@@ -1,4 +1,4 @@
-"""--optimizer radam and novograd."""
+"""--optimizer radam, novograd, and adam in one kernel."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import train
+from conftest import checkpoint, train
+from fairseq.optim.adam import Adam, FairseqAdam, FairseqAdamConfig
+from test_options import train_here
 from test_train import assert_refused, assert_same_checkpoint
 
 from admin_fairseq import AdminError
-from admin_fairseq.optim import RAdam
+from admin_fairseq.optim import FusedAdam, RAdam, fuse
 
+needs_fused = pytest.mark.skipif(torch.__version__ < "2.4", reason="torch before 2.4 has no fused Adam for CPUs")
 HAS_DECOUPLED_DECAY = torch.__version__ >= "2.2"
 
 
@@ -69,3 +72,76 @@ def test_novograd(data, tmp_path):
         assert result.code == 0, result.output
         losses = [float(loss.split()[0]) for loss in result.losses().values()]
         assert losses[-1] < losses[0]
+
+
+def adams(dtype, **settings):
+    """fairseq's Adam and ours after 20 updates on the same gradients, the second with every third parameter idle."""
+    results = []
+    for kind in (Adam, FusedAdam):
+        random = torch.Generator().manual_seed(0)
+        shapes = [(7, 5), (33,), (), (64, 48)]
+        params = [torch.nn.Parameter(torch.randn(shape, generator=random, dtype=dtype)) for shape in shapes]
+        optimizer = kind(params, lr=0.02, betas=(0.9, 0.98), eps=1e-4, **settings)
+        for update in range(20):
+            optimizer.param_groups[0]["lr"] = 0.02 / (1 + update)
+            for i, p in enumerate(params):
+                gradient = torch.randn(p.shape, generator=random, dtype=dtype)
+                p.grad = None if i == 1 and update % 3 else gradient
+            optimizer.step()
+        results.append((params, optimizer))
+    return results
+
+
+@needs_fused
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_fused_adam_is_fairseqs(dtype, tolerance, decay):
+    """The eps of 1e-4 shows on which side of the bias correction it is added."""
+    (expected, theirs), (found, ours) = adams(dtype, weight_decay=decay)
+    for p, q in zip(expected, found):
+        torch.testing.assert_close(q, p, rtol=tolerance, atol=tolerance)
+        assert ours.state[q]["step"] == theirs.state[p]["step"]
+    states = theirs.state_dict(), ours.state_dict()
+    assert [{key: type(value) for key, value in state["state"][0].items()} for state in states] == [
+        {"step": int, "exp_avg": torch.Tensor, "exp_avg_sq": torch.Tensor}
+    ] * 2
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+
+
+@needs_fused
+def test_resumes_from_the_unfused_and_back(data, tmp_path):
+    """Clipping, decay, and the optimizer's state of one kind taken on by the other; the loss says it is the same."""
+    flags = "--clip-norm 0.5 --weight-decay 0.01 --dropout 0 --admin-fast"
+    losses = {}
+    for first, second in (("off", "off"), ("off", "all"), ("all", "off")):
+        folder = tmp_path / f"{first}-{second}"
+        train_here("transformer_admin", data, folder, f"{flags} {first}")
+        train_here("transformer_admin", data, folder, f"{flags} {second} --max-update 4")
+        last = checkpoint(folder / "checkpoint_last.pt")
+        assert last["optimizer_history"][-1]["num_updates"] == 4
+        losses[first, second] = torch.cat([w.flatten() for w in last["model"].values()])
+    for weights in losses.values():
+        torch.testing.assert_close(weights, losses["off", "off"], rtol=1e-4, atol=1e-5)
+
+
+def test_only_fairseqs_own_adam_is_replaced(monkeypatch, caplog):
+    adam = FairseqAdam(adam_config(), [torch.nn.Parameter(torch.ones(2))])
+    radam = RAdam(config(), [torch.nn.Parameter(torch.ones(2))])
+    fuse(radam)
+    assert type(radam.optimizer) is torch.optim.RAdam
+    monkeypatch.delattr(torch, "_fused_adamw_", raising=False)  # as with a torch that lacks the kernel
+    with caplog.at_level("INFO"):
+        fuse(adam)
+    assert type(adam.optimizer) is Adam
+    assert "fairseq's own Adam is used" in caplog.text
+
+
+@needs_fused
+def test_adam_is_fused_also_inside_a_half_precision_wrapper():
+    adam = FairseqAdam(adam_config(), [torch.nn.Parameter(torch.ones(2))])
+    fuse(SimpleNamespace(fp32_optimizer=adam))
+    assert type(adam.optimizer) is FusedAdam
+
+
+def adam_config():
+    return FairseqAdamConfig(lr=[0.02], adam_betas="(0.9, 0.98)", tpu=False)

@@ -1,0 +1,110 @@
+"""Label-smoothed cross-entropy in blocks against fairseq's own."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+from fairseq.trainer import Trainer
+
+from admin_fairseq import loss
+
+PADDING = 1
+
+
+@pytest.fixture
+def criteria(monkeypatch):
+    """criteria(**settings) -> fairseq's criterion, and the same in blocks of two rows."""
+    monkeypatch.setattr(loss, "BLOCK", {"cpu": 2 * 97, "cuda": 2 * 97})
+
+    def criteria(label_smoothing=0.1, **settings):
+        task = SimpleNamespace(target_dictionary=SimpleNamespace(pad=lambda: PADDING))
+        stock = LabelSmoothedCrossEntropyCriterion(task, False, label_smoothing, **settings)
+        ours = copy.copy(stock)
+        loss.make_blockwise(ours)
+        return stock, ours
+
+    return criteria
+
+
+class Model(torch.nn.Module):
+    """Answers with the given logits, (sentences, tokens, vocabulary)."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        random = torch.Generator().manual_seed(0)
+        logits = 3 * torch.randn(5, 7, 97, generator=random) + 2
+        self.logits = torch.nn.Parameter(logits.to(dtype))
+        target = torch.randint(2, 97, (5, 7), generator=random)
+        target[1, 4:] = target[4, 1:] = PADDING
+        self.sample = {"net_input": {}, "target": target, "ntokens": int(target.ne(PADDING).sum())}
+        self.decoder = SimpleNamespace()
+
+    def forward(self):
+        return self.logits, {}
+
+    def get_normalized_probs(self, net_output, log_probs):
+        return torch.log_softmax(net_output[0], -1, dtype=torch.float32)
+
+    def get_targets(self, sample, net_output):
+        return sample["target"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("settings", "reduce"),
+    [
+        ({}, True),
+        ({"label_smoothing": 0.0}, True),
+        ({"ignore_prefix_size": 2}, True),
+        ({"report_accuracy": True}, True),
+        ({}, False),
+    ],
+)
+def test_loss_and_gradient_are_fairseqs_to_the_bit(criteria, settings, reduce, dtype):
+    found = []
+    for criterion in criteria(**settings):
+        model = Model(dtype)
+        value, size, log = criterion(model, model.sample, reduce=reduce)
+        (2.5 * value.sum()).backward()  # a factor, as of fp16's loss scale
+        found.append([value, size, *log.values(), model.logits.grad])
+    for stock, ours in zip(*found):
+        assert torch.equal(torch.as_tensor(stock), torch.as_tensor(ours))
+
+
+def test_the_definition_in_float64(criteria):
+    """(1 - eps - eps_i) * -log p(target) + eps_i * sum of all -log p, with eps_i = eps / (V - 1)."""
+    model, epsilon = Model(torch.float64), 0.1
+    value, _, _ = criteria(label_smoothing=epsilon)[1](model, model.sample)
+    (gradient,) = torch.autograd.grad(value, model.logits)
+    target, rest = model.sample["target"], epsilon / 96
+    minus_log_p = -torch.log_softmax(model.logits, -1)
+    nll = minus_log_p.gather(-1, target[..., None])[..., 0]
+    kept = target.ne(PADDING)
+    expected = ((1 - epsilon - rest) * nll + rest * minus_log_p.sum(-1))[kept].sum()
+    torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, model.logits)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_adaptive_softmax_is_left_to_fairseq(criteria):
+    model = Model()
+    model.decoder.adaptive_softmax = object()
+    model.get_normalized_probs = lambda *args, **kwargs: torch.zeros(5, 7, 97)  # of other shape than the logits
+    model.logits = torch.nn.Parameter(torch.zeros(5, 7, 4))
+    assert criteria()[1](model, model.sample)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "blockwise"),
+    [([], True), (["--admin-fast", "all"], True), (["--admin-fast", "off"], False)],
+)
+def test_the_switch(build, tmp_path, flags, blockwise):
+    """The class keeps its name, without which fairseq does not resume."""
+    model, task, cfg = build("transformer_admin", "--save-dir", str(tmp_path), "--admin-init", "unit", *flags)
+    criterion = task.build_criterion(cfg.criterion)
+    Trainer(cfg, task, model, criterion).optimizer  # noqa: B018  (builds it)
+    assert ("compute_loss" in vars(criterion)) == blockwise
+    assert type(criterion) is LabelSmoothedCrossEntropyCriterion
