@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         "profile",
         help="the profiling pre-pass alone, and how much omega varies with batches and seeds",
         description="Write the admin_profile.json that fairseq-train would from the same options in one process, and"
-        " the spread of omega over batches, pooled or not, and over initialisation seeds. Nothing is trained.",
+        " if asked the spread of omega over batches and over initialisation seeds. Nothing is trained.",
         usage="admin-fairseq profile DATA --arch ARCH --out DIR [--batches N] [--seeds N] [fairseq-train's options]",
         allow_abbrev=False,
     )
@@ -48,12 +48,16 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument(
         "--batches",
         type=int,
-        default=16,
+        default=1,
         metavar="N",
-        help="measure the first N batches (default: 16; 1: no spread)",
+        help="with 4 or more: the spread over the first N batches, one by one and pooled (default: 1)",
     )
     command.add_argument(
-        "--seeds", type=int, default=5, metavar="N", help="measure N initialisations (default: 5; 1: no spread)"
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with 2 or more: the spread over N initialisations (default: 1)",
     )
     command.add_argument("--format", choices=["svg", "png"], default="svg", help="of the figure (default: svg)")
     command.set_defaults(run=measure_spread, takes_rest=True)

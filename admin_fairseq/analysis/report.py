@@ -46,7 +46,7 @@ def bind(folder: str) -> str:
     """
     make_folder(folder)
     pages = {}
-    for name in ORDER:
+    for name in (*ORDER, "spread"):  # the last by admin-fairseq profile
         path = os.path.join(folder, f"{name}.json")
         if os.path.exists(path):
             with open(path, encoding="utf-8") as file:
