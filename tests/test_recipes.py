@@ -182,7 +182,7 @@ def lines(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "recipe", [pytest.param(recipe, marks=pytest.mark.slow if recipe == "wmt14_en_de" else ()) for recipe in RECIPES]
+    "recipe", [pytest.param(recipe, marks=pytest.mark.slow if "wmt14" in recipe else ()) for recipe in RECIPES]
 )
 def test_raw_files_to_scores(finished, recipe):
     folder, printed = finished(recipe)

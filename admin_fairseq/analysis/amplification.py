@@ -39,6 +39,7 @@ LR = 1e-5  # of the one update; at 1e-4 Post-LN is already as far off as unrelat
 PER_LAYER = {"encoder": 2, "decoder": 3}
 AUTHORS = {"postln": "2,150 to 2,200", "preln": "165", "admin": "155"}  # read off their figure, at N = 200
 SENTENCES, LENGTH, WORDS = 4, 32, 1000  # of the random batch
+DRAWS = 3  # of noise, for a stack: in Post-LN one differs from another by a third
 
 
 @dataclass
@@ -138,13 +139,6 @@ def fits(depths: Sequence[int], changes: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def grid(sub_layers: int, per_layer: int) -> list[int]:
-    """Numbers of layers whose sub-layers lie about evenly in log N, from one layer to all."""
-    last = sub_layers // per_layer
-    wanted = np.geomspace(1, last, 16)
-    return sorted({round(layers) for layers in wanted})
-
-
 def random_case(arch: str, stack: str, seed: int, args: argparse.Namespace) -> Case:
     """A deep stack of an architecture, on sentences of random words; the other stack has one layer.
 
@@ -153,14 +147,16 @@ def random_case(arch: str, stack: str, seed: int, args: argparse.Namespace) -> C
     """
     other = "decoder" if stack == "encoder" else "encoder"
     depth = [f"--{stack}-layers", str(args.sub_layers // PER_LAYER[stack]), f"--{other}-layers", "1"]
-    cfg = configure(parse(arch, ["no-data", *depth, "--share-all-embeddings", *args.rest, "--seed", str(seed)]))
+    options = parse(arch, ["no-data", "--share-all-embeddings", *args.rest, *depth])
+    seed += options.seed - 1  # stacks are numbered from the user's --seed, by default 1
+    cfg = configure(argparse.Namespace(**{**vars(options), "seed": seed}))
     words = Dictionary()
     for number in range(WORDS - len(words)):
         words.add_symbol(f"word{number}")
     utils.set_torch_seed(seed)
     task = TranslationTask(cfg.task, words, words)
     model = task.build_model(cfg.model)
-    if args.ffn_init != "fairseq":
+    if args.ffn_init == "xavier":
         use_xavier(model)
     device = "cuda" if torch.cuda.is_available() and not cfg.common.cpu else "cpu"
     generator = torch.Generator().manual_seed(seed)
@@ -180,9 +176,10 @@ def has_data(args: argparse.Namespace) -> bool:
 
 
 def cases(args: argparse.Namespace) -> Iterator[tuple[Case, list[int]]]:
-    """What to measure, each with the seeds of its noise."""
-    seeds = list(range(1, args.seeds + 1))
+    """What to measure, each with the seeds of its noise: of one model many, of each random stack a few."""
+    stacks_of = list(range(1, args.seeds + 1))
     if has_data(args):
+        seeds = list(range(1, DRAWS * args.seeds + 1))
         for subject in subjects(args.path, args.arch, args.rest, ffn_init=args.ffn_init):
             name = subject.label if args.path else subject.method
             batches = subject.trainer.get_train_iterator(epoch=1).next_epoch_itr(shuffle=True)
@@ -192,8 +189,8 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[Case, list[int]]]:
     else:
         for arch in args.arch or DEFAULT_ARCHS:
             for stack in PER_LAYER:
-                for seed in seeds:
-                    yield random_case(arch, stack, seed, args), [seed]
+                for seed in stacks_of:
+                    yield random_case(arch, stack, seed, args), [DRAWS * seed + draw for draw in range(DRAWS)]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -206,7 +203,10 @@ def run(args: argparse.Namespace) -> None:
         raise AdminError("--seeds must be at least 1, --sub-layers at least 6, and --noise positive")
     noise: dict[tuple[str, str], list[list[float]]] = {}
     updates: dict[tuple[str, str], dict[int, float]] = {}
-    for case, seeds in tqdm(cases(args), desc="amplification", unit="stack", delay=3):
+    archs = args.arch or DEFAULT_ARCHS
+    total = None if has_data(args) else len(archs) * len(PER_LAYER) * args.seeds
+    sizes: dict[str, dict[str, int]] = {}
+    for case, seeds in tqdm(cases(args), desc="amplification", unit="stack", total=total, delay=3):
         if isinstance(next(case.module.layers.children()), DeepNorm):
             raise AdminError(
                 "DeepNorm's constants depend on the depth: a stack's first layers are not a DeepNorm stack"
@@ -217,17 +217,15 @@ def run(args: argparse.Namespace) -> None:
             deepest = len(list(case.module.layers.children()))
             per_layer = _per_layer(case)
             updates[key] = {n * per_layer: by_update(case, n, LR) for n in _few(deepest)}
-        sizes = {"width": case.module.layers[0].embed_dim, "positions": _positions(case)}
-    start = args.ffn_init or ("fairseq" if has_data(args) else "xavier")
-    data = {"settings": {"noise": args.noise, "lr": LR, "seeds": args.seeds, "ffn_init": start, **sizes}}
+        sizes[case.stack] = {"width": case.module.layers[0].embed_dim, "positions": _positions(case)}
+    settings = {"noise": args.noise, "lr": LR, "seeds": args.seeds, "draws": DRAWS, "ffn_init": args.ffn_init}
+    data = {"settings": {**settings, "stacks": sizes}}
     for (name, stack), runs in noise.items():
         per_layer = min(updates[name, stack])
-        layers = grid(per_layer * len(runs[0]), per_layer)
         points = [[n * per_layer, float(np.mean([r[n - 1] for r in runs]))] for n in range(1, len(runs[0]) + 1)]
-        chosen = [points[n - 1] for n in layers]
         entry = {
-            **{"points": points, "fitted": [n for n, _ in chosen], "seeds": [[r[n - 1] for n in layers] for r in runs]},
-            **fits(*zip(*chosen)),
+            **{"points": points, "deepest": [r[-1] for r in runs]},
+            **fits(*zip(*points)),
             "update": {
                 "points": sorted(updates[name, stack].items()),
                 **fits(*zip(*sorted(updates[name, stack].items()))),
@@ -283,15 +281,15 @@ def page(data: dict[str, Any]) -> Page:
     text = [
         f"All weights of a stack change a little, by Gaussian noise of {settings['noise']:.1%} of each weight tensor's"
         " standard deviation, and the figure shows how far its output moves: the squared distance, summed over the"
-        f" {settings['width']} dimensions, averaged over {settings['positions']} token positions and"
-        f" {settings['seeds']} seeds. A straight line on the left means growth as N; on the right, where N is"
-        " logarithmic, growth as log N; there the slow curves fill the panel, and Post-LN leaves it.",
+        f" dimensions, averaged over token positions and {settings['seeds']} x {settings['draws']} draws. A straight"
+        " line on the left means growth as N; on the right, where N is logarithmic, growth as log N; that panel has the"
+        " scale of the slow curves, and Post-LN leaves it.",
         "The paper predicts N for Post-LN, and log N for Pre-LN and Admin, log(1 + cN) more exactly. R2 says which part"
-        " of the variation over depths the fit explains; depths lie about evenly in log N.",
+        " of the variation over all depths the fit explains.",
         f"The last figure shows the same after one real update by Adam at learning rate {settings['lr']:g}, from the"
-        " loss of this batch. Adam's first update moves every weight by the learning rate.",
+        " loss of this batch. Adam's first update moves every weight that has a gradient by the learning rate.",
     ]
-    last = {name: entry["points"][-1][1] for name, stack, entry in _entries(data) if stack == "encoder"}
+    last = {name: entry["points"][-1][1] for name, stack, entry in _entries(data) if _is_the_authors(stack, entry)}
     tables = [("Fits, under noise", _table(data))]
     if {"postln", "preln", "admin"} <= set(last):
         rows = [["encoder, N = 200", "authors' figure (sum)", "ours (a position)", "positions for their sum"]]
@@ -301,10 +299,23 @@ def page(data: dict[str, Any]) -> Page:
         rows.append(["postln / preln", f"{theirs:.1f}", f"{ours:.1f}", ""])
         tables.append(("Beside the authors' figure, whose sum runs over all positions of their batch", rows))
     figures = [
-        ("_noise", _figure(data, lambda entry: entry["points"]), "Output change under noise, by depth."),
-        ("_update", _figure(data, lambda entry: entry["update"]["points"]), "Output change after one update of Adam."),
+        (
+            "_noise",
+            _figure(data, lambda entry: entry["points"]),
+            "Output change under noise, by depth; the right panel has a scale of its own.",
+        ),
+        (
+            "_update",
+            _figure(data, lambda entry: entry["update"]["points"]),
+            "Output change after one update of Adam; the right panel has a scale of its own.",
+        ),
     ]
     return Page("Amplification", text, figures, tables)
+
+
+def _is_the_authors(stack: str, entry: dict[str, Any]) -> bool:
+    """Whether a stack is of the depth at which the authors' figure was read."""
+    return stack == "encoder" and entry["points"][-1][0] == 200
 
 
 def _figure(data: dict[str, Any], points: Any) -> Any:
@@ -323,6 +334,7 @@ def _figure(data: dict[str, Any], points: Any) -> Any:
                     axis.plot(n, y, label=name, **style(number), **marker)
             axis.set_xlabel(f"N, {stack} sub-layers" + (" (logarithmic)" if is_log else ""))
             axis.set_ylim(0, None)
+            axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
             if is_log:
                 deepest = max(n for _, own, entry in entries if own == stack for n, _ in points(entry))
                 axis.set_xscale("log", subs=[])

@@ -55,9 +55,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--ffn-init",
-        choices=["xavier", "fairseq"],
-        help="how feed-forward weights start: as in the authors' fairseq, or as in this one (default; amplification"
-        " without DATA: xavier)",
+        choices=["fairseq", "xavier"],
+        default="fairseq",
+        help="how feed-forward weights start: as in this fairseq (default), or as in the authors' (xavier)",
     )
 
 
