@@ -310,9 +310,6 @@ def read_log(lines: list[tuple[float, str]], memory: float | None, positional: f
     def nats(row: Result, prefix: str = "") -> float:  # fairseq logs nll_loss only where it differs from the loss
         return float(row.get(f"{prefix}nll_loss", row[f"{prefix}loss"])) * math.log(2)
 
-    def perplexity(loss: float) -> float | None:
-        return math.exp(loss) if loss < 700 else None  # also for NaN, which JSON does not know
-
     log = "".join(line for _, line in lines)
     rows = [(moment, re.search(r"\| train_inner \| (\{.*\})", line)) for moment, line in lines]
     rows = [(moment, json.loads(found[1])) for moment, found in rows if found]
@@ -341,6 +338,11 @@ def read_log(lines: list[tuple[float, str]], memory: float | None, positional: f
         "parameters": int(parameters[1].replace(",", "")) if parameters else None,
         "curve": [(update, loss if math.isfinite(loss) else None) for update, loss in curve],
     }
+
+
+def perplexity(loss: float) -> float | None:
+    """None where it is no use as a number: for NaN, and where its square, as in a standard deviation, overflows."""
+    return math.exp(loss) if loss < 350 else None
 
 
 def peak_memory(pid: int) -> float | None:
@@ -420,7 +422,9 @@ def as_csv(rows: Iterable[dict[str, Any]], columns: Iterable[str]) -> str:
 
 
 def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+    return (
+        "-" if value is None else f"{value:.1f}" if value < 1000 else f"{value:.0f}" if value < 1e6 else f"{value:.3g}"
+    )
 
 
 def spread(values: list[float | None]) -> str:
@@ -492,7 +496,10 @@ def training_curves(results: dict[Run, Result]) -> Lines:
         seeds = [results[run]["curve"] for run in runs]
         updates = [update for update, _ in min(seeds, key=len)]  # a seed may have stopped early
         losses = [smooth([math.nan if loss is None else loss for _, loss in curve[: len(updates)]]) for curve in seeds]
-        lines[f"{depth} layers", method] = updates, [math.exp(statistics.fmean(each)) for each in zip(*losses)]
+        lines[f"{depth} layers", method] = (
+            updates,
+            [perplexity(statistics.fmean(each)) or math.inf for each in zip(*losses)],
+        )
     return lines
 
 

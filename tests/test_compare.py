@@ -72,6 +72,13 @@ def test_context_free_perplexities_equal_counts_by_hand():
         ("slow", None, decay(8000, 100, 2)),
         ("slow", None, lambda share: 290 if share < 0.85 else 290 - 600 * (share - 0.85)),  # just getting away
         ("collapsed", (470, 520), lambda share: decay(8000, 20, 12)(share) if share < 0.6 else 290),
+        (
+            "exploded",
+            (48, 80),
+            lambda share: decay(8000, 1500, 20)(share) if share < 0.1 else 10 ** (300 - 50 * share),
+        ),  # still falling
+        ("exploded", (100, 200), lambda share: decay(8000, 180, 40)(share) if share < 0.2 else 300),
+        ("slow", None, lambda share: 290 if share < 0.94 else 290 * 0.83 ** (100 * share - 94)),  # steep at the end
         ("trained", None, lambda share: 400 if 0.4 < share < 0.5 else decay(8000, 20, 12)(share)),  # a spike heals
     ],
 )
@@ -160,6 +167,21 @@ def test_the_best_is_that_of_the_mean_over_seeds():
     assert compare.spread([12, 13]) == "12.5 ± 0.7"
     both = [result("plateau", 40), result(), result("slow")]
     assert compare.divergences(both) == "1 of 3: plateau at 40, slow"
+
+
+def test_numbers_that_are_no_use():
+    """Losses of hundreds of nats: neither an overflow nor hundreds of digits."""
+    exploded = {**result("exploded", 1), "curve": [(1, 5.0), (2, 800.0), (3, None), (4, 2349.0)]}
+    assert compare.training_curves({compare.Run("postln", "6-6", 1e-3, 200, 1): exploded}) == {
+        ("6-6 layers", "postln"): ([1, 2, 3, 4], [pytest.approx(math.exp(5)), math.inf, math.inf, math.inf])
+    }
+    assert [compare.number(value) for value in (None, 9.96, 123456.0, 1e120)] == ["-", "10.0", "123456", "1e+120"]
+    valid = compare.read_log(
+        [*log_lines(1, train_inner={"loss": "2", "num_updates": "1"}), *log_lines(2, valid={"valid_loss": "900"})],
+        *(1, POSITIONAL),
+    )
+    assert valid["valid_ppl"] is None
+    assert compare.spread([math.exp(349), 10.0])
 
 
 def test_every_method_has_a_line_of_its_own():
