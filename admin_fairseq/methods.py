@@ -139,7 +139,8 @@ class ResiDual(Rule):
     """Post-LN beside a Pre-LN shortcut: x <- LN(x + f(x)) and s <- s + f(x), and the stack ends in x + LN(s).
 
     Both start at the stack's input. Source: Xie et al. 2023, "ResiDual: Transformer with Dual Residual Connections",
-    section 2 and figure 1. Between layers the two travel side by side, as one tensor (time, batch, 2 d), so that
+    section 2 and figure 1. (The LN of s has fairseq's eps, 1e-5; that of the authors' code, microsoft/ResiDual, 1e-7.)
+    Between layers the two travel side by side, as one tensor (time, batch, 2 d), so that
     fairseq's stacks, activation checkpointing and incremental decoding serve as they are.
     """
 

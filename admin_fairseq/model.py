@@ -65,7 +65,8 @@ def logn_omega(sub_layers: int) -> float:
     return math.sqrt((sub_layers + 1) / math.log(sub_layers + 1) - 1)
 
 
-# --admin-init without profiling: a stack of N sub-layers starts from this omega
+# --admin-init without profiling: a stack of N sub-layers starts from this omega. As with a profile, the first sub-layer
+# keeps omega 1 and the others are trained; admin-torch by default does not train omega, and sets the first one too.
 CLOSED_FORMS = {
     "logn": logn_omega,
     "sqrt": math.sqrt,  # microsoft/admin-torch's O(1): the output change does not grow with N

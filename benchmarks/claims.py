@@ -8,7 +8,8 @@ much warmup it needs.
              vanish are not the cause; adaptive optimizers train.
   no-warmup  learning rate x Adam's beta2 with one update of warmup and linear decay to zero, the grid of the authors'
              "No Warmup" study (theirs: lr 1e-4 to 5e-4, beta2 0.99, 0.995, 0.999, 100,000 updates).
-  warmup     the number of warmup updates at one learning rate.
+  warmup     the number of warmup updates at one peak learning rate, with linear decay to zero. (After inverse_sqrt's
+             warmup the learning rate depends on its length.)
 
 Each is a set of benchmarks/compare.py runs in DIR/<experiment>/<variant>, which can be stopped and go on like those.
 DIR gets <experiment>.csv (a row a run) and <experiment>.png (validation perplexity; a panel a method). What follows --
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import re
 import shlex
 import statistics
@@ -30,7 +32,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from admin_fairseq.errors import AdminError  # noqa: E402
-from benchmarks.compare import Data, as_csv, split_options, write  # noqa: E402
+from benchmarks.compare import Data, as_csv, number, split_options, write  # noqa: E402
 from benchmarks.figures import panels  # noqa: E402
 
 
@@ -59,18 +61,25 @@ EXPERIMENTS = {
         )
         for beta2 in (0.98, 0.995, 0.999)
     ],
-    "warmup": [Variant("Adam", "--warmup 1,25,50,100,200 --lr 2e-3", ADAM)],
+    "warmup": [Variant("Adam", "--warmup 1,25,50,100,200 --lr 2e-3", f"{ADAM} {LINEAR}")],
 }
 
 
 def run(name: str, args: argparse.Namespace) -> list[dict[str, str]]:
     """Every run of an experiment, as compare.csv has it, with the column "variant".
 
+    NovoGrad is left out, and this said, where its package is not installed.
+
     Raises:
         AdminError: compare.py failed; it has said why.
     """
-    rows = []
-    for variant in EXPERIMENTS[name]:
+    rows, variants = [], EXPERIMENTS[name]
+    if importlib.util.find_spec("pytorch_optimizer") is None:
+        for variant in variants:
+            if "--optimizer novograd" in variant.fairseq:
+                print(f"{variant.label} is left out, it needs a package: pip install pytorch-optimizer", flush=True)
+        variants = [variant for variant in variants if "--optimizer novograd" not in variant.fairseq]
+    for variant in variants:
         folder = args.out / name / re.sub(r"\W+", "-", variant.label.lower())
         words = shlex.split(variant.fairseq.format(updates=args.updates)) + args.extra
         command = [sys.executable, ROOT / "benchmarks/compare.py", args.data, "--methods", args.methods]
@@ -115,7 +124,7 @@ def main() -> None:
         at = f" at {row['update']}" if row["update"] else ""
         print(
             f"{row['variant']:12} {row['method']:8} lr {row['lr']:>6} warmup {row['warmup']:>4}: {row['verdict']}{at},"
-            f" valid perplexity {float(row['valid_ppl'] or 'inf'):.1f}"
+            f" valid perplexity {number(float(row['valid_ppl'] or 'inf'))}"
         )
 
 

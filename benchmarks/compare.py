@@ -73,6 +73,11 @@ OURS = """--user-dir {plugin} --save-dir {folder} --arch transformer_{method} --
 --decoder-layers {decoder} --lr {lr:g} --warmup-updates {warmup} --seed {seed} --max-update {updates}
 --log-format json --log-interval {interval}
 --validate-interval 1000000 --save-interval 1000000 --no-epoch-checkpoints --no-save-optimizer-state"""
+REFUSED = {
+    "--disable-validation": "the best runs are those with the lowest validation perplexity",
+    "--encoder-normalize-before": "it would make every method Pre-LN, which is the method preln",
+    "--decoder-normalize-before": "it would make every method Pre-LN, which is the method preln",
+}
 GENERATE = "--beam 5 --max-len-a 1.2 --max-len-b 10 --required-batch-size-multiple 1"
 Result = Dict[str, Any]  # what result.json holds
 
@@ -123,6 +128,7 @@ class Data:
         sentences = (targets[i].numpy() for i in range(len(targets)))
         self.unigram, self.positional = context_free_perplexities(sentences, len(dictionary))
         self.pairs, self.tokens = len(targets), int(np.sum(targets.sizes))
+        self.test = any((folder / f"test.{pair}.{self.target}.idx").exists() for pair in pairs)
         self.remove_bpe = []
         if any(symbol.endswith("@@") for symbol in dictionary.symbols):
             self.remove_bpe = ["--remove-bpe"]
@@ -310,9 +316,6 @@ def read_log(lines: list[tuple[float, str]], memory: float | None, positional: f
     def nats(row: Result, prefix: str = "") -> float:  # fairseq logs nll_loss only where it differs from the loss
         return float(row.get(f"{prefix}nll_loss", row[f"{prefix}loss"])) * math.log(2)
 
-    def perplexity(loss: float) -> float | None:
-        return math.exp(loss) if loss < 700 else None  # also for NaN, which JSON does not know
-
     log = "".join(line for _, line in lines)
     rows = [(moment, re.search(r"\| train_inner \| (\{.*\})", line)) for moment, line in lines]
     rows = [(moment, json.loads(found[1])) for moment, found in rows if found]
@@ -341,6 +344,11 @@ def read_log(lines: list[tuple[float, str]], memory: float | None, positional: f
         "parameters": int(parameters[1].replace(",", "")) if parameters else None,
         "curve": [(update, loss if math.isfinite(loss) else None) for update, loss in curve],
     }
+
+
+def perplexity(loss: float) -> float | None:
+    """None where it is no use as a number: for NaN, and where its square, as in a standard deviation, overflows."""
+    return math.exp(loss) if loss < 350 else None
 
 
 def peak_memory(pid: int) -> float | None:
@@ -391,6 +399,13 @@ def grouped(runs: Iterable[Run], *fields: str) -> dict[Any, list[Run]]:
     return groups
 
 
+def comparable(runs: Iterable[Run]) -> dict[tuple[float, int], list[Run]]:
+    """Runs by learning rate and warmup: those with the most seeds, as the means of fewer are not comparable."""
+    groups = grouped(runs, "lr", "warmup")
+    most = max(map(len, groups.values()))
+    return {key: group for key, group in groups.items() if len(group) == most}
+
+
 def mean_valid(results: list[Result]) -> float:
     """Mean validation perplexity, infinite if a run has none."""
     values = [result["valid_ppl"] for result in results]
@@ -400,7 +415,7 @@ def mean_valid(results: list[Result]) -> float:
 def best(results: dict[Run, Result]) -> dict[tuple[str, str], list[Run]]:
     """By method and depth, the runs (one a seed) of the learning rate and warmup with the lowest mean perplexity."""
     return {
-        key: min(grouped(runs, "lr", "warmup").values(), key=lambda group: mean_valid([results[run] for run in group]))
+        key: min(comparable(runs).values(), key=lambda group: mean_valid([results[run] for run in group]))
         for key, runs in grouped(results, "method", "depth").items()
     }
 
@@ -420,7 +435,9 @@ def as_csv(rows: Iterable[dict[str, Any]], columns: Iterable[str]) -> str:
 
 
 def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+    return (
+        "-" if value is None else f"{value:.1f}" if value < 1000 else f"{value:.0f}" if value < 1e6 else f"{value:.3g}"
+    )
 
 
 def spread(values: list[float | None]) -> str:
@@ -445,7 +462,8 @@ def table(results: dict[Run, Result], args: argparse.Namespace, data: Data) -> s
         runs = best(results)[method, depth]
         own = {column: [results[run][column] for run in runs] for column in COLUMNS[7:-1]}
         bad = sum(results[run]["verdict"] in DIVERGED for run in every)
-        row = [method, depth, f"{runs[0].lr:g}", str(runs[0].warmup)]
+        edge = " (edge)" if len(args.lr) > 1 and runs[0].lr in (min(args.lr), max(args.lr)) else ""
+        row = [method, depth, f"{runs[0].lr:g}{edge}", str(runs[0].warmup)]
         row += [spread(own["train_ppl"]), spread(own["valid_ppl"]), spread(own["bleu"])]
         row += [divergences([results[run] for run in runs]), f"{bad} of {len(every)}"]
         known = {column: [value for value in own[column] if value] for column in ("ms_per_update", "memory_mb")}
@@ -456,12 +474,18 @@ def table(results: dict[Run, Result], args: argparse.Namespace, data: Data) -> s
     seeds = f"Mean ± standard deviation of {len(args.seeds)} seeds" if len(args.seeds) > 1 else "One seed"
     grid = math.prod(map(len, (args.methods, args.depths, args.lr, args.warmup, args.seeds)))
     decoding = " ".join([GENERATE, *data.remove_bpe])
+    caveats = []
+    if any("(edge)" in row[2] for row in rows):
+        caveats += ["(edge): the lowest or highest learning rate of the grid; a better one may lie beyond it."]
+    if args.jobs > 1:
+        caveats += [f"ms/update is wall time, with up to {args.jobs} runs at work at once: no measure of speed."]
     return "\n".join(
         [
             *lines,
             "",
             f"{seeds}, {args.updates} updates each, at the learning rate and warmup with the lowest mean validation",
             f"perplexity. 'Of the grid' counts divergences at all of them ({len(results)} of {grid} runs finished).",
+            *caveats,
             f"Perplexity without input: {data.unigram:.1f} (unigram), {data.positional:.1f} (positional).",
             f"BLEU is tokenised; decoding: {decoding}.",
             f"Data: {data.source}-{data.target}, {data.pairs:,} pairs, {data.tokens:,} target tokens"
@@ -492,7 +516,10 @@ def training_curves(results: dict[Run, Result]) -> Lines:
         seeds = [results[run]["curve"] for run in runs]
         updates = [update for update, _ in min(seeds, key=len)]  # a seed may have stopped early
         losses = [smooth([math.nan if loss is None else loss for _, loss in curve[: len(updates)]]) for curve in seeds]
-        lines[f"{depth} layers", method] = updates, [math.exp(statistics.fmean(each)) for each in zip(*losses)]
+        lines[f"{depth} layers", method] = (
+            updates,
+            [perplexity(statistics.fmean(each)) or math.inf for each in zip(*losses)],
+        )
     return lines
 
 
@@ -501,7 +528,7 @@ def by_rate(results: dict[Run, Result]) -> Lines:
     lines = {}
     for (method, depth), every in grouped(results, "method", "depth").items():
         points: dict[float, float] = {}
-        for (lr, _), runs in sorted(grouped(every, "lr", "warmup").items()):
+        for (lr, _), runs in sorted(comparable(every).items()):
             points[lr] = min(points.get(lr, math.inf), mean_valid([results[run] for run in runs]))
         points = {lr: value for lr, value in points.items() if value < math.inf}
         lines[f"{depth} layers", method] = list(points), list(points.values())
@@ -544,7 +571,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     rates = several(float, "learning rate", positive)
     option("--lr", type=rates, default="5e-4,1e-3,2e-3", help="peak learning rates (%(default)s)")
     warmups = several(int, "number of updates", whole)
-    option("--warmup", type=warmups, default="200", help="warmup updates (%(default)s)")
+    option(
+        "--warmup",
+        type=warmups,
+        default="200",
+        help="warmup updates (%(default)s); with inverse_sqrt they also set the decay",
+    )
     option("--seeds", type=several(int, "seed", whole), default="1", help="seeds (%(default)s)")
     option("--updates", type=int, required=True, help="training updates of each run")
     option("--out", type=Path, required=True, help="folder for everything written")
@@ -556,6 +588,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for word in OURS.split():
         if word.startswith("--") and given(word, extra):
             parser.error(f"{word} is set by this script and cannot follow --")
+    for word, why in REFUSED.items():
+        if given(word, extra):
+            parser.error(f"{word} cannot follow --: {why}")
     if 0 in args.warmup and not given("--lr-scheduler", extra):
         parser.error("--warmup 0 needs another scheduler: -- --lr-scheduler polynomial_decay --total-num-update N")
     for name in ("updates", "jobs", "threads"):
@@ -567,6 +602,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> None:
     args = parse(sys.argv[1:])
     data = Data(args.data, args.extra)
+    if not (args.no_bleu or data.test):
+        raise AdminError(f"{args.data} has no binarised test set to translate; give --no-bleu to do without")
     grid = itertools.product(args.depths, args.methods, args.lr, args.warmup, args.seeds)
     runs = [Run(method, depth, lr, warmup, seed) for depth, method, lr, warmup, seed in grid]
     args.out.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@
   loss-scale  the fp16 loss scale shrank to its minimum, at which fairseq stops (after this update)
   plateau     it ended where its input was of no use, and has not fallen since this update
   collapsed   it made use of its input until this update, then rose back to where it is of none, and stayed
+  exploded    it never did, and ended clearly above its lowest loss, which it had at this update
   slow        it ended there too, but was still falling: too few updates to tell
   trained     none of these
 
@@ -21,9 +22,9 @@ from typing import Iterable
 
 import numpy as np
 
-DIVERGED = ("plateau", "collapsed", "non-finite", "loss-scale")
+DIVERGED = ("plateau", "collapsed", "exploded", "non-finite", "loss-scale")
 FLAT = 0.05  # nats: a perplexity that falls by less than 5% in the last third of the training has stopped falling
-CLEARLY = 0.2  # nats below the positional level: use of the input, not noise around the level
+CLEARLY = 0.2  # nats below the positional level, or above the lowest loss: more than noise
 
 
 def context_free_perplexities(sentences: Iterable[np.ndarray], vocabulary: int) -> tuple[float, float]:
@@ -72,6 +73,9 @@ def judge(curve: list[tuple[int, float]], positional: float, error: str = "") ->
         return "trained", None
     if min(smoothed) < level - CLEARLY:
         return "collapsed", max(update for update, loss in zip(updates, smoothed) if loss < level)
+    # the mean over the last tenth lags behind a loss that is falling steeply, the end of the smoothed curve does not
+    if min(final, smoothed[-1]) > min(smoothed) + CLEARLY:
+        return "exploded", updates[losses.index(min(losses))]
     if smoothed[len(smoothed) * 2 // 3] - final > FLAT:
         return "slow", None
     return "plateau", next(update for update, loss in zip(updates, smoothed) if loss < final + FLAT)

@@ -72,6 +72,13 @@ def test_context_free_perplexities_equal_counts_by_hand():
         ("slow", None, decay(8000, 100, 2)),
         ("slow", None, lambda share: 290 if share < 0.85 else 290 - 600 * (share - 0.85)),  # just getting away
         ("collapsed", (470, 520), lambda share: decay(8000, 20, 12)(share) if share < 0.6 else 290),
+        (
+            "exploded",
+            (48, 80),
+            lambda share: decay(8000, 1500, 20)(share) if share < 0.1 else 10 ** (300 - 50 * share),
+        ),  # still falling
+        ("exploded", (100, 200), lambda share: decay(8000, 180, 40)(share) if share < 0.2 else 300),
+        ("slow", None, lambda share: 290 if share < 0.94 else 290 * 0.83 ** (100 * share - 94)),  # steep at the end
         ("trained", None, lambda share: 400 if 0.4 < share < 0.5 else decay(8000, 20, 12)(share)),  # a spike heals
     ],
 )
@@ -162,6 +169,46 @@ def test_the_best_is_that_of_the_mean_over_seeds():
     assert compare.divergences(both) == "1 of 3: plateau at 40, slow"
 
 
+def test_a_mean_of_fewer_seeds_is_not_compared():
+    """A run of the rate that looks best failed, so it has one seed of two."""
+    results = {
+        compare.Run("admin", "6-6", 1e-3, 200, 1): result(valid_ppl=10),
+        compare.Run("admin", "6-6", 1e-3, 200, 2): result(valid_ppl=16),
+        compare.Run("admin", "6-6", 2e-3, 200, 1): result(valid_ppl=9),
+    }
+    assert [(run.lr, run.seed) for run in compare.best(results)["admin", "6-6"]] == [(1e-3, 1), (1e-3, 2)]
+    assert compare.by_rate(results) == {("6-6 layers", "admin"): ([1e-3], [13])}
+
+
+@pytest.mark.parametrize(("rate", "edge"), [(1e-3, True), (2e-3, False), (4e-3, True)])
+def test_notes_below_the_table(rate: float, edge: bool, data: Path):
+    results = {
+        compare.Run("admin", "6-6", lr, 200, 1): result(valid_ppl=9 if lr == rate else 10) for lr in (1e-3, 2e-3, 4e-3)
+    }
+    words = ["DATA", "--methods", "admin", "--depths", "6-6", "--updates", "9", "--out", "OUT", "--lr"]
+    grid, levels = compare.parse([*words, "1e-3,2e-3,4e-3", "--jobs", "2"]), compare.Data(data, [])
+    text = compare.table(results, grid, levels)
+    assert (f"| {rate:g} (edge) |" in text) == ("a better one may lie beyond it" in text) == edge
+    assert "ms/update is wall time, with up to 2 runs at work at once" in text
+    alone = compare.table(dict([next(iter(results.items()))]), compare.parse([*words, "1e-3"]), levels)
+    assert "edge" not in alone and "wall time" not in alone
+
+
+def test_numbers_that_are_no_use():
+    """Losses of hundreds of nats: neither an overflow nor hundreds of digits."""
+    exploded = {**result("exploded", 1), "curve": [(1, 5.0), (2, 800.0), (3, None), (4, 2349.0)]}
+    assert compare.training_curves({compare.Run("postln", "6-6", 1e-3, 200, 1): exploded}) == {
+        ("6-6 layers", "postln"): ([1, 2, 3, 4], [pytest.approx(math.exp(5)), math.inf, math.inf, math.inf])
+    }
+    assert [compare.number(value) for value in (None, 9.96, 123456.0, 1e120)] == ["-", "10.0", "123456", "1e+120"]
+    valid = compare.read_log(
+        [*log_lines(1, train_inner={"loss": "2", "num_updates": "1"}), *log_lines(2, valid={"valid_loss": "900"})],
+        *(1, POSITIONAL),
+    )
+    assert valid["valid_ppl"] is None
+    assert compare.spread([math.exp(349), 10.0])
+
+
 def test_every_method_has_a_line_of_its_own():
     methods, n = list(compare.METHODS), len(COLOURS)
     looks = {(COLOURS[i % n], DASHES[(i % n + i // n) % len(DASHES)]) for i in range(len(methods))}
@@ -180,6 +227,8 @@ def test_every_method_has_a_line_of_its_own():
         (["--updates", "0"], "--updates must be at least 1"),
         (["--", "--lr", "1"], "--lr is set by this script and cannot follow --"),
         (["--", "--max-update=5"], "--max-update is set by this script"),
+        (["--", "--disable-validation"], "--disable-validation cannot follow --: the best runs are"),
+        (["--", "--encoder-normalize-before"], "--encoder-normalize-before cannot follow --: it would make every"),
     ],
 )
 def test_bad_options(capsys: Any, arguments: list[str], line: str):
@@ -193,6 +242,15 @@ def test_a_folder_without_data(tmp_path: Path):
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(AdminError, match="has no binarised training targets; DATA-BIN is the folder that"):
             compare.Data(folder, [])
+
+
+def test_a_missing_test_set_is_said_before_training(data: Path, tmp_path: Path, monkeypatch: Any):
+    copied = shutil.copytree(data, tmp_path / "bin", ignore=lambda *_: ["test.de-en.en.idx"])
+    words = command(copied, tmp_path / "out", "--methods", "admin", "--updates", 9)
+    monkeypatch.setattr(sys, "argv", words[1:])
+    with pytest.raises(AdminError, match="has no binarised test set to translate; give --no-bleu"):
+        compare.main()
+    assert not (tmp_path / "out").exists()
 
 
 def command(data: Path, out: Path, *arguments: Any) -> list[str]:

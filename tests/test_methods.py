@@ -183,6 +183,23 @@ def test_b2t_scales_by_depth(build):
         torch.testing.assert_close(weight, stock[name] * (depth**-0.5 if scaled else 1))
 
 
+def test_residual_keeps_no_stream(build, batch, monkeypatch):
+    """The sum of the branches is not kept, with its graph, beyond a layer's forward pass; nor where that fails."""
+    model, _, _ = build("transformer_residual")
+    layers = [*model.encoder.layers, *model.decoder.layers]
+    net_input = batch()["net_input"]
+    model(**net_input)
+    assert [layer.branch_sum for layer in layers] == [None] * len(layers)
+
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(layers[0].fc2, "forward", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(**net_input)
+    assert layers[0].branch_sum is None
+
+
 @pytest.mark.parametrize("option", ["scalar", "fixed"])
 def test_omega_options(option, build):
     model, _, _ = build(f"transformer_admin_{option}")
