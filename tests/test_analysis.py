@@ -61,6 +61,15 @@ def test_without_layer_norm_each_branch_counts_by_its_variance():
     assert found["correlation"] == pytest.approx([1, 1, 1])
 
 
+def test_the_map_keeps_no_graph():
+    norm = nn.LayerNorm(64)
+    parts = []
+    seen = linear_network([1.0, 2.0], norm)
+    seen[0].scale = lambda part: parts.append(part * norm.weight) or parts[-1]
+    dependency_map(seen, None)
+    assert parts and not any(part.requires_grad for part in parts)
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_behind_layer_norm_the_map_is_the_papers_recursion(scale):
     """beta_ij^2 = (1 - share_i) beta_{i-1,j}^2 and beta_ii^2 = share_i, for uncorrelated branches."""
@@ -296,6 +305,7 @@ def test_a_checkpoint_is_measured_before_and_after(analyze, data, tmp_path):
         (["dependency", "DATA", "--arch", "transformer_nope"], "transformer_nope: no such architecture"),
         (["dependency", "DATA", "--encoder-layer-s", "3"], "unrecognized arguments: --encoder-layer-s"),
         (["dependency", "DATA", "--path", "nope.pt"], "no such file: nope.pt"),
+        (["dependency", "DATA", "--positions", "0"], "--positions must be at least 1, not 0"),
         (["amplification", "--seeds", "0"], "--seeds must be at least 1"),
         (["amplification", "--arch", "transformer_deepnorm", "--sub-layers", "6", *TINY[:4]], "depend on the depth"),
     ],
@@ -305,6 +315,32 @@ def test_bad_input(analyze, data, tmp_path, arguments, line):
     with pytest.raises(AdminError, match=line):
         analyze(*arguments, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_report_binds_what_this_run_wrote(monkeypatch, tmp_path, capsys):
+    """An analysis that refuses has its reason on the page, not an earlier run's results."""
+    for name in (*report.ORDER, "spread"):
+        write(str(tmp_path), name, {}, [], Page(name, ["of an earlier run"]))
+
+    def analysis(name, refused):
+        def run(args):
+            if name in refused:
+                raise AdminError(f"no {name} < here")
+            write(args.out, name, {}, [], Page(name, ["of this run"]))
+
+        return run
+
+    for name in report.ORDER:
+        monkeypatch.setattr(f"admin_fairseq.analysis.{name}.run", analysis(name, ("amplification", "omega")))
+    report.run(Namespace(out=str(tmp_path)))
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("of this run") == 2 and page.count("of an earlier run") == 1  # the spread is another command's
+    assert "Not measured: no omega &lt; here" in page
+    assert "amplification: no amplification < here" in capsys.readouterr().err
+    for name in report.ORDER:
+        monkeypatch.setattr(f"admin_fairseq.analysis.{name}.run", analysis(name, report.ORDER))
+    with pytest.raises(AdminError, match="no dependency < here"):
+        report.run(Namespace(out=str(tmp_path)))
 
 
 def test_output_that_cannot_be_written(analyze, data, tmp_path, monkeypatch):

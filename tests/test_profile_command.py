@@ -70,7 +70,8 @@ def test_how_many_are_enough():
 
     assert spread._answer(spreads(0.09, 0.05)).startswith("1 batch moves")
     assert spread._answer(spreads(0.3, 0.2, 0.1)).startswith("4 pooled batches move")
-    assert "pool more" in spread._answer(spreads(0.3, 0.2))
+    assert spread._answer(spreads(0.3, 0.2)).startswith("Even 2 pooled batches move omega more than")
+    assert spread._answer(spreads(0.3)).startswith("Even 1 batch moves omega more than")
 
 
 @pytest.mark.parametrize(

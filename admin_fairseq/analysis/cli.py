@@ -44,7 +44,11 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=["svg", "png"], default="svg", help="of the figures (default: svg)")
     models = parser.add_mutually_exclusive_group()
     models.add_argument(
-        "--path", nargs="+", default=[], metavar="CKPT", help="checkpoints, each measured before and after its training"
+        "--path",
+        nargs="+",
+        default=[],
+        metavar="CKPT",
+        help="checkpoints, each measured before and after its training; of a folder checkpoint_last.pt (omega: all)",
     )
     models.add_argument(
         "--arch",

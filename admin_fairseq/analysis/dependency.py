@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from admin_fairseq.analysis.figures import Page, pyplot, style, write
 from admin_fairseq.analysis.probe import SubLayer, observe
-from admin_fairseq.analysis.subject import AFTER, BEFORE, stacks, subjects
+from admin_fairseq.analysis.subject import AFTER, BEFORE, DEFAULT_ARCHS, stacks, subjects
+from admin_fairseq.errors import AdminError
 
 REFERENCES = [
     ["what", "the authors' figure"],
@@ -35,6 +36,7 @@ REFERENCES = [
     ["Pre-LN 6-6 at initialisation, diagonal of beta", "at most 0.40 to 0.45, falling with depth"],
     ["Admin 18-18", "looks like Pre-LN at initialisation, and exceeds it after training"],
 ]
+SHARE = "Share of each sub-layer's own branch, Var[f]/Var[x + f], by layer and kind of sub-layer."
 PALETTE = "viridis"  # even in lightness: it reads the same in grey and for colour-blind readers
 
 
@@ -67,6 +69,7 @@ def measure(model: nn.Module, sample: Any, positions: int) -> dict[str, dict[str
     return result
 
 
+@torch.no_grad()
 def dependency_map(sub_layers: list[SubLayer], final_norm: nn.Module | None) -> dict[str, Any]:
     """beta2 of a stack, its last row of the stack's output; ``final_norm`` is the one behind a Pre-LN stack."""
     parts = sub_layers[0].x[None]  # (contributions, positions, d): the input and every branch so far
@@ -110,9 +113,12 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         AdminError: bad input.
     """
+    if args.positions < 1:
+        raise AdminError(f"--positions must be at least 1, not {args.positions}")
     models = []
     found = subjects(args.path, args.arch, args.rest, ffn_init=args.ffn_init)
-    for subject in tqdm(found, desc="dependency", unit="model", delay=3):
+    count = 2 * len(args.path) or len(args.arch or DEFAULT_ARCHS)
+    for subject in tqdm(found, desc="dependency", total=count, unit="model", delay=3):
         measured = measure(subject.model, subject.samples[0], args.positions)
         models.append({"method": subject.method, "when": subject.when, "stacks": measured})
     rows = [
@@ -141,7 +147,7 @@ def page(models: list[dict[str, Any]]) -> Page:
         " just before it. An even row means that all earlier branches count alike.",
         "Measured in eval mode, without dropout and padding, on the batch that training sees first.",
     ]
-    figures = [("_share", _lines(models, names), "Share of each sub-layer's own branch, Var[f]/Var[x + f], by depth.")]
+    figures = [("_share", _lines(models, names), SHARE)]
     figures += [(f"_{name}", _maps(models, name), f"beta of the {name}'s sub-layers.") for name in names]
     table = [["model", "stack", "share: first, median, last", "beta on the diagonal: first, median, last"]]
     for model in models:
@@ -155,25 +161,32 @@ def page(models: list[dict[str, Any]]) -> Page:
 
 
 def _lines(models: list[dict[str, Any]], names: list[str]) -> Any:
-    plt = pyplot()
+    """A row a stack, a column a kind of sub-layer (they differ more than layers do), a line a model."""
     methods = list(dict.fromkeys(model["method"] for model in models))
     both = any(model["when"] == AFTER for model in models)
-    figure, axes = plt.subplots(1, len(names), figsize=(1.5 + 3.9 * len(names), 3.6), sharey=True, squeeze=False)
-    for axis, stack in zip(axes[0], names):
-        for model in models:
-            if stack not in model["stacks"]:
-                continue
-            share = model["stacks"][stack]["share"]
-            look = style(methods.index(model["method"]))
-            if both:
-                look["linestyle"] = "-" if model["when"] == AFTER else ":"
-            label = f"{model['method']}, {model['when']}" if both else model["method"]
-            axis.plot(range(1, len(share) + 1), share, label=label, marker="o", markersize=2, **look)
-        axis.set(xlabel=f"{stack} sub-layer, from the input", xlim=(0.5, None))
+    stats = [stats for model in models for stats in model["stacks"].values()]
+    kinds = max(([*dict.fromkeys(name.split()[1] for name in each["sub_layers"])] for each in stats), key=len)
+    size = (1 + 2.4 * len(kinds), 0.9 + 2.1 * len(names))
+    figure, axes = pyplot().subplots(len(names), len(kinds), figsize=size, sharey=True, squeeze=False)
+    for model in models:
+        look = style(methods.index(model["method"]))
+        if both:
+            look["linestyle"] = "-" if model["when"] == AFTER else ":"
+        label = f"{model['method']}, {model['when']}" if both else model["method"]
+        for stack, stats in model["stacks"].items():
+            for axis, kind in zip(axes[names.index(stack)], kinds):
+                found = [share for name, share in zip(stats["sub_layers"], stats["share"]) if name.split()[1] == kind]
+                if found:
+                    axis.plot(range(1, len(found) + 1), found, label=label, marker="o", markersize=2, **look)
+                    axis.set_title(f"{stack} {kind}", fontsize=9)
+    for axis in axes.flat:
+        axis.set_visible(axis.has_data())
+        axis.set_xlabel("layer, from the input")
         axis.xaxis.get_major_locator().set_params(integer=True)
-    axes[0][0].set(ylabel="Var[f] / Var[x + f]", ylim=(0, None))
-    handles = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(len(handles), 3))
+    for row in axes:
+        row[0].set(ylabel="Var[f] / Var[x + f]", ylim=(0, None))
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(handles), 3))
     return figure
 
 

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from admin_fairseq.analysis.figures import Page, pyplot, style, write
-from admin_fairseq.analysis.subject import BEFORE, Subject, stacks, subjects
+from admin_fairseq.analysis.subject import AFTER, BEFORE, Subject, stacks, subjects
 from admin_fairseq.errors import AdminError
 from admin_fairseq.profiling import STACKS
 
+MOMENTS = 4  # in a histogram; more are hard to tell apart
 LEARNING_RATE = {"adam": "1e-4", "sgd": "0.1"}  # unless --lr is given
 
 
@@ -44,9 +45,11 @@ def run(args: Namespace) -> None:
         raise AdminError(f"--updates must be at least 1, not {min(args.updates)}")
     records = []
     for optimizer in args.optimizers:
-        defaults = ["--lr", LEARNING_RATE[optimizer], "--lr-scheduler", "fixed", "--num-workers", "0"]
+        defaults = ["--lr", LEARNING_RATE[optimizer], "--num-workers", "0"]
+        if not any(argument.startswith("--lr-scheduler") for argument in args.rest):
+            defaults += ["--lr-scheduler", "fixed", "--warmup-updates", "0"]  # a checkpoint's warmup would go on
         rest = [*defaults, *(args.rest if optimizer == "adam" else without_adam(args.rest)), "--optimizer", optimizer]
-        for subject in subjects(args.path, args.arch, rest):
+        for subject in subjects(args.path, args.arch, rest, ffn_init=args.ffn_init):
             updates = sorted(set(args.updates)) if subject.when == BEFORE else [1]
             records += [{"optimizer": optimizer, **record} for record in measure(subject, updates, optimizer)]
     _report(args, records)
@@ -183,12 +186,12 @@ def _report(args: Namespace, records: list[dict[str, Any]]) -> None:
     start = min(record["update"] for record in records)
     first = [r for r in records if r["update"] == start and r["optimizer"] == args.optimizers[0]]
     trained = [r for r in records if r["when"] == BEFORE]
-    last = max(r["update"] for r in trained)
-    at_last = [r for r in trained if r["update"] == last]
+    last = max(r["update"] for r in records)
+    at_last = [r for r in records if r["update"] == last or r["when"] == AFTER]
     tables = [
         (f"Factor of the gradient's norm from a sub-layer's output to its input, update {start}", _factors(first)),
         (f"Smallest relative gradient norm, update {start}", _smallest(first)),
-        (f"Decades between the 5th and the 95th percentile of weight matrices, update {last}", _decades(at_last)),
+        ("Decades between the 5th and the 95th percentile of weight matrices", _decades(at_last)),
     ]
     for caption, rows in tables:
         print(caption)
@@ -211,27 +214,32 @@ def _report(args: Namespace, records: list[dict[str, Any]]) -> None:
             ("_training", _through_training(by_one), f"The same through training with {args.optimizers[0]}.")
         )
     caption = (
-        f"Weight matrices by module at update {last}: relative gradient norm, and relative update by optimizer. Each"
+        "Weight matrices by module through training: relative gradient norm, and relative update by optimizer. Each"
         " histogram is scaled to its tallest bar."
     )
-    figures.append(("_updates", _histograms(at_last), caption))
+    figures.append(("_updates", _histograms(records), caption))
     page = Page("Gradients", text, figures, tables)
     write(args.out, "gradients", {"records": records}, list(_rows(records)), page, args.format)
     print(f"{args.out}: gradients.json, gradients.csv and {len(figures)} figures")
+
+
+def _labels(records: list[dict[str, Any]]) -> list[str]:
+    both = any(record["when"] == AFTER for record in records)
+    return [record["method"] + (f", {record['when']}" if both else "") for record in records]
 
 
 def _factors(records: list[dict[str, Any]]) -> list[list[str]]:
     found = [factors(record["outputs"]) for record in records]
     kinds = list(dict.fromkeys(kind for each in found for kind in each))
     cells = [[f"{each[kind]:.3f}" if kind in each else "" for kind in kinds] for each in found]
-    return [["model", *kinds], *([_label(record), *row] for record, row in zip(records, cells))]
+    return [["model", *kinds], *([label, *row] for label, row in zip(_labels(records), cells))]
 
 
 def _smallest(records: list[dict[str, Any]]) -> list[list[str]]:
     rows = [["model", *STACKS]]
-    for record in records:
+    for label, record in zip(_labels(records), records):
         values = [record["outputs"].get(stack, {}).get("gradient") for stack in STACKS]
-        rows.append([_label(record), *(f"{min(each):.2g}" if each else "" for each in values)])
+        rows.append([label, *(f"{min(each):.2g}" if each else "" for each in values)])
     return rows
 
 
@@ -240,12 +248,14 @@ def _decades(records: list[dict[str, Any]]) -> list[list[str]]:
     for record in records:
         logs = [torch.tensor([m[what] for m in record["matrices"]]).log10() for what in ("gradient", "update")]
         ranges = [(each[each.isfinite()].quantile(0.95) - each[each.isfinite()].quantile(0.05)).item() for each in logs]
-        rows.append([_label(record), record["optimizer"], *(f"{each:.2f}" for each in ranges)])
+        rows.append(
+            [f"{record['method']}, {_moment(record)}", record["optimizer"], *(f"{each:.2f}" for each in ranges)]
+        )
     return rows
 
 
-def _label(record: dict[str, Any]) -> str:
-    return f"{record['method']}, {record['when']}"
+def _moment(record: dict[str, Any]) -> str:
+    return AFTER if record["when"] == AFTER else f"update {record['update']}"
 
 
 def _rows(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -264,8 +274,9 @@ def _by_depth(records: list[dict[str, Any]]) -> Any:
     names = list(dict.fromkeys(stack for record in records for stack in record["outputs"]))
     figure, panels = pyplot().subplots(1, len(names), figsize=(4 * len(names), 3.2), sharey=True, squeeze=False)
     for axes, stack in zip(panels[0], names):
-        for number, record in enumerate(records):
-            _line(axes, record["outputs"][stack], label=_label(record), **style(number))
+        for number, (label, record) in enumerate(zip(_labels(records), records)):
+            if stack in record["outputs"]:
+                _line(axes, record["outputs"][stack], label=label, **style(number))
         axes.set_title(stack)
         axes.set_xlabel("sub-layer")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -309,31 +320,41 @@ def _through_training(records: list[dict[str, Any]]) -> Any:
 
 
 def _histograms(records: list[dict[str, Any]]) -> Any:
-    """A column a model; rows: relative gradient, then |dW| / |W| of each optimizer; a histogram a module kind."""
+    """A column a model; rows: relative gradient, then |dW| / |W| of each optimizer; a histogram a module kind.
+
+    The first moment is filled, later ones are lines: at most MOMENTS, the last among them.
+    """
+    moments = list(dict.fromkeys(map(_moment, sorted(records, key=lambda r: (r["when"] == AFTER, r["update"])))))
+    count = min(MOMENTS, len(moments))
+    moments = [moments[round(n * (len(moments) - 1) / max(count - 1, 1))] for n in range(count)]
+    looks = [{"fill": True, "color": "#cccccc"}, *({**style(number), "linewidth": 1.1} for number in range(1, count))]
     methods = list(dict.fromkeys(record["method"] for record in records))
     optimizers = list(dict.fromkeys(record["optimizer"] for record in records))
     kinds = list(dict.fromkeys(matrix["kind"] for record in records for matrix in record["matrices"]))[::-1]
     rows = [(optimizers[0], "gradient"), *((optimizer, "update") for optimizer in optimizers)]
-    size = (2.4 * len(methods) + 1.4, (0.3 * len(kinds) + 0.6) * len(rows) + 0.3)
+    size = (2.4 * len(methods) + 1.4, (0.4 * len(kinds) + 0.6) * len(rows) + 0.6)
     figure, panels = pyplot().subplots(len(rows), len(methods), figsize=size, sharex="row", sharey=True, squeeze=False)
     for axes_row, (optimizer, what) in zip(panels, rows):
-        chosen = [record for record in records if record["optimizer"] == optimizer]
+        chosen = [r for r in records if r["optimizer"] == optimizer and _moment(r) in moments]
         logs = [math.log10(m[what]) for record in chosen for m in record["matrices"] if m[what] > 0]
         low = math.floor(min(logs, default=-1))
         high = max(math.ceil(max(logs, default=0)), low + 1)
-        edges = [low + number / 10 for number in range(10 * (high - low) + 1)]
+        edges = [low + number / 5 for number in range(5 * (high - low) + 1)]
         for record in chosen:
             axes = axes_row[methods.index(record["method"])]
             for number, kind in enumerate(kinds):
                 found = [math.log10(m[what]) for m in record["matrices"] if m["kind"] == kind and m[what] > 0]
                 counts = torch.histc(torch.tensor(found), len(edges) - 1, low, high)
                 heights = number + 0.85 * counts / counts.max().clamp(min=1)
-                color = style(len(kinds) - number - 1)["color"]
-                axes.stairs(heights.tolist(), edges, baseline=number, fill=True, color=color)
+                heights[counts == 0] = math.nan  # no line along the base
+                look = looks[moments.index(_moment(record))]
+                axes.stairs(heights.tolist(), edges, baseline=number, **look)
         for axes in axes_row:
             gradient = "relative gradient norm"
             axes.set_xlabel(f"log10 of {gradient if what == 'gradient' else f'|dW| / |W|, {optimizer}'}")
             axes.set_yticks(range(len(kinds)), kinds)
     for axes, method in zip(panels[0], methods):
         axes.set_title(method)
+    handles = [axes.stairs([], [0], **look) for look in looks]
+    figure.legend(handles, moments, loc="outside upper center", ncols=count)
     return figure

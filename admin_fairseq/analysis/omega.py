@@ -46,15 +46,13 @@ def run(args: Namespace) -> None:
     records = _through_training(args) if args.path else _at_initialisation(args)
     if records:
         _report(args, records)
-    elif args.analysis == "report":
-        print("omega: none of these models has one")
     else:
         raise AdminError("none of these models has an omega")
 
 
 def _at_initialisation(args: Namespace) -> list[dict[str, Any]]:
     records = []
-    for subject in subjects([], args.arch or ["transformer_admin"], args.rest):
+    for subject in subjects([], args.arch or ["transformer_admin"], args.rest, ffn_init=args.ffn_init):
         if isinstance(subject.model, AdminModel):
             shares = measure(subject.model, subject.samples[0])
             records.append({"label": subject.method, "update": 0, **_with(of_model(subject.model), shares)})

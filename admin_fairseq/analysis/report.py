@@ -8,6 +8,7 @@ import html
 import importlib
 import json
 import os
+import sys
 from typing import Any
 
 from admin_fairseq.analysis.figures import make_folder
@@ -28,18 +29,30 @@ th, td { text-align: left; padding: 0.2rem 1rem 0.2rem 0; border-bottom: 1px sol
 
 
 def run(args: argparse.Namespace) -> None:
-    """``admin-fairseq analyze report``: run each analysis into DIR, then bind what is there.
+    """``admin-fairseq analyze report``: run each analysis into DIR, then bind what they wrote.
+
+    An analysis that refuses these models has its reason on the page.
 
     Raises:
-        AdminError: bad input, or an analysis has nothing to measure.
+        AdminError: all of them refuse.
     """
+    refused = {}
     for name in ORDER:
-        importlib.import_module(f"admin_fairseq.analysis.{name}").run(args)
-    print(f"{bind(args.out)}: open it in a browser")
+        try:
+            importlib.import_module(f"admin_fairseq.analysis.{name}").run(args)
+        except AdminError as error:
+            refused[name] = str(error)
+            print(f"{name}: {error}", file=sys.stderr)
+    if len(refused) == len(ORDER):
+        raise AdminError(refused[ORDER[0]])
+    print(f"{bind(args.out, refused)}: open it in a browser")
 
 
-def bind(folder: str) -> str:
+def bind(folder: str, refused: dict[str, str] | None = None) -> str:
     """Write ``report.html`` from the analyses' JSON files and figures in a folder, and return its path.
+
+    Args:
+        refused: by analysis, why this run has no results of it; an earlier run's are left out.
 
     Raises:
         AdminError: there is none, or the file cannot be written.
@@ -48,7 +61,9 @@ def bind(folder: str) -> str:
     pages = {}
     for name in (*ORDER, "spread"):  # the last by admin-fairseq profile
         path = os.path.join(folder, f"{name}.json")
-        if os.path.exists(path):
+        if name in (refused or {}):
+            pages[name] = {"title": name, "text": [f"Not measured: {refused[name]}"], "figures": [], "tables": []}
+        elif os.path.exists(path):
             with open(path, encoding="utf-8") as file:
                 pages[name] = json.load(file)["page"]
     if not pages:

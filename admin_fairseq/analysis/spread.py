@@ -148,9 +148,14 @@ def _answer(spreads: list[Spread]) -> str:
         return "With both more batches and more seeds than 1 this would say how many batches are enough."
     enough = [s.pooled for s in batches if all(s.spread[stack] <= seeds[0].spread[stack] for stack in s.spread)]
     if not enough:
-        return f"Even {batches[-1].pooled} pooled batches vary more than the initialisation does: pool more."
-    plural = "batch moves" if enough[0] == 1 else "pooled batches move"
-    return f"{enough[0]} {plural} omega less than another seed of the initialisation would; more need not be pooled."
+        return (
+            f"Even {_moving(batches[-1].pooled)} omega more than another seed of the initialisation would: pool more."
+        )
+    return f"{_moving(enough[0])} omega less than another seed of the initialisation would; more need not be pooled."
+
+
+def _moving(count: int) -> str:
+    return "1 batch moves" if count == 1 else f"{count} pooled batches move"
 
 
 def _figure(spreads: list[Spread], stacks: list[str]) -> Any:

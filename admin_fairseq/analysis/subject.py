@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any, Iterator, Sequence
@@ -11,6 +12,8 @@ import numpy as np
 from fairseq import options, tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_MODEL_REGISTRY
+from fairseq.modules import LayerDropModuleList
+from fairseq.modules.checkpoint_activations import unwrap_checkpoint
 from fairseq.trainer import Trainer
 from torch import nn
 
@@ -84,6 +87,8 @@ def start(
 ) -> tuple[Trainer, list[Sample]]:
     """A trainer as fairseq-train has it in front of the first update, Admin's omega set, and the first batches.
 
+    Without activation checkpointing and LayerDrop, under which not all of a layer can be seen.
+
     Args:
         state: a checkpoint, whose weights the model gets.
         ffn_init: "xavier" for :func:`use_xavier` on a model that starts.
@@ -94,6 +99,9 @@ def start(
     trainer = build_trainer(cfg, state, ffn_init)
     if state is None and isinstance(trainer.get_model(), AdminModel):
         hooks.start_omega(trainer)
+    for module in unwrap_checkpoint(trainer.get_model()).modules():  # each layer is run, once, with its graph kept
+        if isinstance(module, LayerDropModuleList):
+            module.p = 0.0
     return trainer, hooks.first_samples(trainer, batches)
 
 
@@ -118,7 +126,8 @@ def subjects(
     """The models of a command line, one after the other, so that only one needs memory at a time.
 
     Args:
-        paths: checkpoints; each gives its settings, started anew from their seed, and itself.
+        paths: checkpoints, or folders with a checkpoint_last.pt; each gives its settings, started anew from their
+            seed, and itself.
         archs: without paths, architectures; each as fairseq-train starts it.
         rest: DATA and any of fairseq-train's options; with paths they replace the checkpoint's.
 
@@ -126,7 +135,8 @@ def subjects(
         AdminError: an argument cannot be used.
     """
     if paths:
-        states = {path: checkpoint.load(path) for path in paths}
+        files = {path: os.path.join(path, "checkpoint_last.pt") if os.path.isdir(path) else path for path in paths}
+        states = {path: checkpoint.load(file) for path, file in files.items()}
         settings = {path: checkpoint.settings(state) for path, state in states.items()}
         names = [args.arch for args in settings.values()]
         for path, args in settings.items():
