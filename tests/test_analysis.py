@@ -332,15 +332,17 @@ def test_the_report_binds_what_this_run_wrote(monkeypatch, tmp_path, capsys):
 
     for name in report.ORDER:
         monkeypatch.setattr(f"admin_fairseq.analysis.{name}.run", analysis(name, ("amplification", "omega")))
-    report.run(Namespace(out=str(tmp_path)))
+    report.run(Namespace(out=str(tmp_path), rest=["data"]))
     page = (tmp_path / "report.html").read_text()
     assert page.count("of this run") == 2 and page.count("of an earlier run") == 1  # the spread is another command's
     assert "Not measured: no omega &lt; here" in page
     assert "amplification: no amplification < here" in capsys.readouterr().err
+    with pytest.raises(AdminError, match="give DATA"):
+        report.run(Namespace(out=str(tmp_path), rest=["--cpu"]))
     for name in report.ORDER:
         monkeypatch.setattr(f"admin_fairseq.analysis.{name}.run", analysis(name, report.ORDER))
     with pytest.raises(AdminError, match="no dependency < here"):
-        report.run(Namespace(out=str(tmp_path)))
+        report.run(Namespace(out=str(tmp_path), rest=["data"]))
 
 
 def test_output_that_cannot_be_written(analyze, data, tmp_path, monkeypatch):

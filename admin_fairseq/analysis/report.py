@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from admin_fairseq.analysis.figures import make_folder
-from admin_fairseq.errors import AdminError
+from admin_fairseq.errors import DATA_HINT, AdminError
 from admin_fairseq.files import writing
 
 ORDER = ("dependency", "amplification", "gradients", "omega")
@@ -34,8 +34,10 @@ def run(args: argparse.Namespace) -> None:
     An analysis that refuses these models has its reason on the page.
 
     Raises:
-        AdminError: all of them refuse.
+        AdminError: DATA is missing, or all of them refuse.
     """
+    if not args.rest or args.rest[0].startswith("-"):
+        raise AdminError(f"give DATA, as the first argument ({DATA_HINT})")
     refused = {}
     for name in ORDER:
         try:
