@@ -1,7 +1,9 @@
 """Faster computations of :mod:`admin_fairseq.norm`'s equation, and where each is used.
 
 On CPUs, :class:`_FewerPasses`: torch's own operations, each on whole tensors, but fewer of them. On GPUs, the kernels
-of :mod:`admin_fairseq.kernels`. Both give the eager values to rounding, and neither can be differentiated twice.
+of :mod:`admin_fairseq.kernels`. Both give the eager values to rounding. Neither can be differentiated twice, nor by
+torch.autograd.grad(is_grads_batched=True): the dropout mask is overwritten, which saves 2 to 10% of the time. That
+needs --admin-fast off.
 """
 
 from __future__ import annotations
@@ -43,20 +45,26 @@ def choose(fast: str, f: Tensor, x: Tensor, omega: Tensor, weight: Tensor, p: fl
         return None
     if torch.cuda.is_current_stream_capturing():  # a CUDA graph would replay one dropout mask
         return None
-    return _kernel(x.device, frozenset((f.dtype, x.dtype, omega.dtype, weight.dtype)), x.shape[-1])
+    return _kernel(x.device, (f.dtype, x.dtype, omega.dtype, weight.dtype), x.shape[-1], omega.numel(), p)
 
 
 @functools.lru_cache(maxsize=None)
-def _kernel(device: torch.device, dtypes: frozenset[torch.dtype], width: int) -> Fused | None:
+def _kernel(device: torch.device, dtypes: tuple[torch.dtype, ...], width: int, omegas: int, p: float) -> Fused | None:
     try:
         from admin_fairseq import kernels
 
-        if not dtypes <= {torch.float32, torch.float16, torch.bfloat16}:
-            raise ValueError(f"dtype {', '.join(map(str, dtypes))}")
+        if not set(dtypes) <= {torch.float32, torch.float16, torch.bfloat16}:
+            raise ValueError(f"dtype {', '.join(sorted(map(str, set(dtypes))))}")
         if width > kernels.MAX_WIDTH:
             raise ValueError(f"width {width}")
-        x = torch.zeros(1, 16, device=device)  # a GPU too old, or no C compiler, shows only when something is run
-        kernels.omega_layer_norm(x, x, x[0], x[0], x[0], 1e-5, 0.0)
+        # a GPU too old, or no C compiler, shows only when something is run; training's random numbers stay its own
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            shapes = ((1, width), (1, width), (omegas,), (width,))
+            f, x, omega, weight = (
+                torch.zeros(shape, dtype=dtype, device=device).requires_grad_() for shape, dtype in zip(shapes, dtypes)
+            )
+            y = kernels.omega_layer_norm(f, x, omega, weight, weight, 1e-5, p)
+            torch.autograd.grad(y.sum(), (f, x, omega, weight))
     except Exception as error:
         _say(str(error).strip().split("\n")[0] or type(error).__name__)
         return None

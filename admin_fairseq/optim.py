@@ -95,12 +95,16 @@ class FusedAdam(Adam):
     """fairseq's Adam in one kernel, torch's fused AdamW; equal to rounding, with the same state.
 
     fairseq adds eps to sqrt(v) before the bias correction, torch after it: with eps / sqrt(1 - beta2^t) both are the
-    same.
+    same. The kernel reads parameter, gradient and moments as they lie in memory, in one dtype: an update that it
+    cannot do is fairseq's own.
     """
 
     @torch.no_grad()
     def step(self, closure: Optional[Callable[[], torch.Tensor]] = None) -> Optional[torch.Tensor]:
         loss = None if closure is None else closure()
+        if not all(_suits(group) for group in self.param_groups):
+            super().step()
+            return loss
         for group in self.param_groups:
             by_step: Dict[int, List[torch.nn.Parameter]] = {}
             for p in group["params"]:
@@ -132,6 +136,16 @@ class FusedAdam(Adam):
         )
         for state in states:
             state["step"] += 1
+
+
+def _suits(group: Dict[str, Any]) -> bool:
+    params = [p for p in group["params"] if p.grad is not None]
+    return (
+        not group["amsgrad"]
+        and {p.dtype for p in params} in (set(), {torch.float32}, {torch.float64})
+        and not any(p.grad.is_sparse for p in params)
+        and all(t.is_contiguous() for p in params for t in (p, p.grad))
+    )
 
 
 def fuse(optimizer: FairseqOptimizer) -> None:

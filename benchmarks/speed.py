@@ -16,8 +16,9 @@ The defaults take about 12 minutes on two quiet cores and 16 GB; fewer --rounds 
 models do not fit, --one-at-a-time gives each its process, a round after another. DIR gets speed.csv,
 speed.png and record.md. What follows -- goes to fairseq-train, the same for all methods.
 
---gpu-report searches the largest --max-tokens (doubled until memory runs out) and the fastest of them: Admin 60-12 in
-bf16, with and without --checkpoint-activations, stock in fp16, and 100-100.
+--gpu-report searches the largest --max-tokens (doubled until memory runs out or the batch stops growing) and the
+fastest of them, at 60-12 and 100-100: stock in fp16, Admin in bf16, with and without --checkpoint-activations. Its
+tokens ratio is to stock's fastest batch. A line that fails is named in the table and does not end the others.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import time
 from argparse import Namespace
 from datetime import date
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable
+from typing import Any, Callable, Dict, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -55,8 +56,9 @@ from benchmarks.compare import as_csv, environment, peak_memory, several, split_
 from benchmarks.figures import against_depth  # noqa: E402
 
 TRAIN = """--optimizer adam --adam-betas (0.9,0.98) --lr-scheduler inverse_sqrt --lr 5e-4 --warmup-updates 4000
---criterion label_smoothed_cross_entropy --label-smoothing 0.1 --dropout 0.1 --share-all-embeddings --seed 1
+--criterion label_smoothed_cross_entropy --label-smoothing 0.1 --dropout 0.1 --seed 1
 --required-batch-size-multiple 1 --num-workers 0 --distributed-world-size 1 --no-save --log-format none"""
+NO_ROOM = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 WARMUP = 2  # updates before the clock counts: the first ones allocate the optimizer's state
 Row = Dict[str, Any]
 Setting = Dict[str, Any]  # what a worker is to measure
@@ -114,6 +116,7 @@ def make_trainer(method: str, setting: Setting) -> Trainer:
     parser = options.get_training_parser()
     cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, [*argv, *setting["extra"]]))
     task = tasks.setup_task(cfg.task)
+    cfg.model.share_all_embeddings = task.source_dictionary == task.target_dictionary
     task.load_dataset("train")
     torch.manual_seed(cfg.common.seed)
     trainer = Trainer(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
@@ -128,7 +131,7 @@ def measure(setting: Setting) -> Row:
     try:
         return _measure(setting)
     except RuntimeError as error:
-        if "out of memory" not in str(error):
+        if not any(reason in str(error) for reason in NO_ROOM):
             raise
         return {"out of memory": True}
 
@@ -253,7 +256,8 @@ def in_a_process(setting: Setting) -> Row:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         what = f"{', '.join(setting['methods'])} {setting['depth']}"
-        raise AdminError(f"measuring {what} failed ({done.returncode}): {done.stderr.strip()[-2000:]}")
+        last = "".join(done.stderr.strip().splitlines()[-1:])
+        raise AdminError(f"measuring {what} failed ({done.returncode}): {last}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -279,9 +283,20 @@ def write_synthetic(folder: Path, vocabulary: int, pairs: int, seed: int = 1) ->
     return str(folder)
 
 
-def measure_all(args: Namespace, folder: str, data: str, worker: Callable[[Setting], Row]) -> list[Row]:
-    """A row of the table for each depth, batch size and method."""
-    table: list[Row] = []
+def fitting(worker: Callable[[Setting], Row], setting: Setting) -> Row:
+    """The worker's answer.
+
+    Raises:
+        AdminError: it failed, or ran out of memory.
+    """
+    answer = worker(setting)
+    if "out of memory" in answer:
+        raise AdminError("out of memory")
+    return answer
+
+
+def measure_all(args: Namespace, folder: str, data: str, worker: Callable[[Setting], Row]) -> Iterator[list[Row]]:
+    """For each depth and batch size that can be measured, a row of the table a method."""
     for depth in args.depths:
         for tokens in args.max_tokens:
             base = {"depth": depth, "max_tokens": tokens, "rounds": args.rounds, "methods": args.methods}
@@ -291,30 +306,32 @@ def measure_all(args: Namespace, folder: str, data: str, worker: Callable[[Setti
             base.update({"beam": args.beam})
             alone = {**base, "rounds": 1, "prepass": False, "generate": False, "matmul": args.one_at_a_time}
             each: list[Row] = []
-            if args.one_at_a_time:
-                for number in range(args.rounds):
-                    last = {"prepass": number == args.rounds - 1, "generate": number == 0 and base["generate"]}
-                    each += [worker({**alone, **last, "methods": [method]}) for method in args.methods]
-                answer = merged(each)
-            else:
-                answer = worker(base)
-                if not args.no_memory:
-                    each = [worker({**alone, "methods": [method]}) for method in args.methods]
-            if any("out of memory" in one for one in [answer, *each]):
-                print(f"{depth}, --max-tokens {tokens}: out of memory", file=sys.stderr)
+            try:
+                if args.one_at_a_time:
+                    for number in range(args.rounds):
+                        last = {"prepass": number == args.rounds - 1, "generate": number == 0 and base["generate"]}
+                        each += [fitting(worker, {**alone, **last, "methods": [method]}) for method in args.methods]
+                    answer = merged(each)
+                else:
+                    answer = fitting(worker, base)
+                    if not args.no_memory:
+                        each = [fitting(worker, {**alone, "methods": [method]}) for method in args.methods]
+            except AdminError as error:
+                say(f"{depth}, --max-tokens {tokens}: {error}")
                 continue
             memory = {next(iter(one["rounds"])): one["memory_mb"] for one in each}
-            table += rows(answer, memory, base)
-            print(f"{depth}, --max-tokens {tokens}: done", file=sys.stderr, flush=True)
-    return table
+            say(f"{depth}, --max-tokens {tokens}: done")
+            yield rows(answer, memory, base)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def merged(answers: Iterable[Row]) -> Row:
     """Several workers' answers as if one had given them."""
     whole: Row = {"rounds": {}, "parameters": {}, "prepass": {}, "generation": {}, "matmul": 0.0}
     for answer in answers:
-        if "out of memory" in answer:
-            return answer
         for method, found in answer["rounds"].items():
             whole["rounds"].setdefault(method, []).extend(found)
         for key in ("parameters", "prepass", "generation"):
@@ -359,54 +376,66 @@ def quartiles(values: list[float]) -> list[float]:
 
 # --- the report of a GPU ----------------------------------------------------------------------------------------------
 
-PLAN = (  # method, depth, precision, further options
+PLAN = (  # method, depth, precision, further options; the stock line of a depth first
+    ("postln", "60-12", "fp16", []),
     ("admin", "60-12", "bf16", []),
     ("admin", "60-12", "bf16", ["--admin-fast", "all"]),
     ("admin", "60-12", "bf16", ["--checkpoint-activations"]),
-    ("postln", "60-12", "fp16", []),
+    ("postln", "100-100", "fp16", []),
     ("admin", "100-100", "bf16", []),
     ("admin", "100-100", "bf16", ["--checkpoint-activations"]),
 )
 
 
-def search(measure_at: Callable[[int], Row], start: int, limit: int = 2**20) -> list[Row]:
-    """Answers at ``start`` tokens, twice as many and so on, up to the first that has no room."""
+def search(measure_at: Callable[[int], Row], start: int, limit: int = 2**20) -> tuple[list[Row], str]:
+    """Answers at ``start`` tokens, twice as many and so on, and what ended them: the first that fails or is no larger.
+
+    Data may be smaller than a batch could be.
+    """
     found: list[Row] = []
-    tokens = start
+    tokens, before = start, 0
     while tokens <= limit:
-        answer = measure_at(tokens)
-        if "out of memory" in answer:
-            break
+        try:
+            answer = measure_at(tokens)
+        except AdminError as error:
+            return found, f"{tokens}: {error}"
+        size = sum(one["tokens"] for each in answer["rounds"].values() for one in each)
+        if size <= before:
+            return found, f"{tokens}: no larger batch in the data"
         found.append({**answer, "max_tokens": tokens})
-        tokens *= 2
-    return found
+        tokens, before = 2 * tokens, size
+    return found, f"{tokens}: not tried"
 
 
-def gpu_report(args: Namespace, folder: str, data: str, worker: Callable[[Setting], Row]) -> list[Row]:
-    """The best batch of every line of ``PLAN``, and the largest."""
-    result = []
+def gpu_report(args: Namespace, folder: str, data: str, worker: Callable[[Setting], Row]) -> Iterator[list[Row]]:
+    """The best batch of every line of ``PLAN``, and the largest; without figures where none fitted."""
+    stock: dict[str, float] = {}
     for method, depth, dtype, extra in PLAN:
         setting = {"depth": depth, "methods": [method], "dtype": dtype, "extra": [*args.extra, *extra], "data": data}
         setting.update({"rounds": args.rounds, "folder": folder, "device": "cuda", "threads": 0, "prepass": False})
         setting.update({"generate": False, "matmul": True, "beam": args.beam, "length": args.length})
 
         def measure_at(tokens: int, setting: Setting = setting) -> Row:
-            return worker({**setting, "max_tokens": tokens})
+            return fitting(worker, {**setting, "max_tokens": tokens})
 
-        found = search(measure_at, args.max_tokens[0])
-        lines = [
-            rows(one, {method: one["memory_mb"]}, {**setting, "max_tokens": one["max_tokens"]})[0] for one in found
-        ]
-        if lines:
+        found, end = search(measure_at, args.max_tokens[0])
+        best: Row = {"depth": depth, "method": method, "dtype": dtype}
+        if found:
+            lines = [rows(one, {method: one["memory_mb"]}, {**setting, **one})[0] for one in found]
             best = max(lines, key=lambda row: row["tokens_per_s"])
             largest = lines[-1]
             per_token = None
             if len(lines) > 1:  # between two batch sizes parameters and optimizer cancel
                 per_token = (largest["memory_mb"] - lines[-2]["memory_mb"]) * 1024
                 per_token /= largest["max_tokens"] - lines[-2]["max_tokens"]
-            best.update(largest_max_tokens=largest["max_tokens"], kb_per_token=per_token, options=" ".join(extra))
-            result.append(best)
-    return result
+            best = {key: value for key, value in best.items() if "ratio" not in key}  # a line is measured by itself
+            best.update(largest_max_tokens=largest["max_tokens"], kb_per_token=per_token)
+            if method == "postln":
+                stock[depth] = best["tokens_per_s"]
+            if depth in stock:
+                best["tokens_ratio"] = best["tokens_per_s"] / stock[depth]
+        say(" ".join([method, depth, dtype, *extra]) + f": ended at --max-tokens {end}")
+        yield [{**best, "options": " ".join(extra), "ended_at": end}]
 
 
 # --- output -----------------------------------------------------------------------------------------------------------
@@ -414,13 +443,14 @@ def gpu_report(args: Namespace, folder: str, data: str, worker: Callable[[Settin
 COLUMNS = (
     *("depth", "max_tokens", "method", "dtype", "options", "layers", "sub_layers", "parameters", "forward_s"),
     *("backward_s", "optimizer_s", "step_s", "forward_ratio", "backward_ratio", "optimizer_ratio", "step_ratio"),
-    *("ratio_low", "ratio_high", "tokens_per_s", "flops_share", "memory_mb", "memory_ratio", "prepass_forwards"),
-    *("generation_s", "generation_ratio", "largest_max_tokens", "kb_per_token"),
+    *("ratio_low", "ratio_high", "tokens_per_s", "tokens_ratio", "flops_share", "memory_mb", "memory_ratio"),
+    *("prepass_forwards", "generation_s", "generation_ratio", "largest_max_tokens", "kb_per_token", "ended_at"),
 )
 SHOWN = {
     "depth": "{}",
     "max_tokens": "{}",
     "method": "{}",
+    "dtype": "{}",
     "options": "{}",
     "forward_s": "{:.3g}",
     "backward_s": "{:.3g}",
@@ -429,6 +459,7 @@ SHOWN = {
     "step_ratio": "{:.3f}",
     "range": "{}",
     "tokens_per_s": "{:.0f}",
+    "tokens_ratio": "{:.2f}",
     "flops_share": "{:.0%}",
     "memory_mb": "{:.0f}",
     "memory_ratio": "{:.3f}",
@@ -437,6 +468,7 @@ SHOWN = {
     "generation_ratio": "{:.3f}",
     "largest_max_tokens": "{}",
     "kb_per_token": "{:.1f}",
+    "ended_at": "{}",
 }
 
 
@@ -476,6 +508,11 @@ def record(table: list[Row], args: Namespace) -> str:
     flags = ["--cpu"] if args.device == "cpu" else []
     where = environment(Namespace(extra=flags, jobs=1, threads=args.threads or torch.get_num_threads()))
     data = args.data or f"synthetic, vocabulary {args.vocabulary:,}"
+    ratios = (
+        "ratios are to the depth's first method, the range is the middle half of the rounds' ratios."
+        if not args.gpu_report
+        else "the tokens ratio is to the depth's stock line, each at its fastest batch."
+    )
     return "\n".join(
         [
             f"# Admin beside stock fairseq: step time, memory, generation, {date.today():%-d %B %Y}",
@@ -484,10 +521,10 @@ def record(table: list[Row], args: Namespace) -> str:
             "",
             as_markdown(table),
             "",
-            *scaling(table),
+            *([] if args.gpu_report else scaling(table)),
             "",
-            f"Medians of {args.rounds} rounds; ratios are to the depth's first method, the range is the middle half of",
-            f"the rounds' ratios. Times in seconds an update. Data: {data}.",
+            f"Medians of {args.rounds} rounds; {ratios}",
+            f"Times in seconds an update. Data: {data}.",
             f"{where}; {args.dtype}.",
             "",
         ]
@@ -541,14 +578,14 @@ def main(argv: list[str], worker: Callable[[Setting], Row] = in_a_process) -> li
         data = args.data or write_synthetic(Path(folder), args.vocabulary, pairs)
         if args.gpu_report:
             args.device, args.dtype = "cuda", "bf16, stock fp16"
-            table = gpu_report(args, folder, data, worker)
-        else:
-            table = measure_all(args, folder, data, worker)
-    if not table:
-        raise AdminError("nothing fitted into memory: smaller --max-tokens, fewer --methods or --one-at-a-time")
-    write(args.out / "speed.csv", as_csv(table, COLUMNS))
-    text = record(table, args)
-    write(args.out / "record.md", text)
+        table: list[Row] = []
+        for measured in (gpu_report if args.gpu_report else measure_all)(args, folder, data, worker):
+            table += measured
+            text = record(table, args)
+            write(args.out / "speed.csv", as_csv(table, COLUMNS))
+            write(args.out / "record.md", text)
+    if not any("step_s" in row for row in table):
+        raise AdminError("nothing was measured; where memory ran out: smaller --max-tokens, or --one-at-a-time")
     if not args.gpu_report:
         write(args.out / "speed.png", against_depth(table))
     print(text)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from fairseq.modules import FairseqDropout
 from test_norm import norm_with_values
 from torch import nn
 
@@ -83,6 +84,7 @@ def test_switch(build):
 def test_stays_eager_where_it_must(caplog):
     f, norm = torch.zeros(2, 6), OmegaLayerNorm(6, nn.Identity())
     half = f.half()
+    assert fused.choose("measured", f, f, norm.omega, norm.weight, 1.0) is None  # 1 / (1 - p)
     assert fused.choose("measured", half, half, norm.omega.half(), norm.weight.half(), 0.0) is None
     assert fused.choose("measured", f, half, norm.omega, norm.weight, 0.0) is None
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -92,8 +94,40 @@ def test_stays_eager_where_it_must(caplog):
     assert "layer_norm" in str(traced.graph) and "PythonOp" not in str(traced.graph)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert fused._kernel(torch.device("cpu"), frozenset([torch.complex64]), 6) is None
+            assert fused._kernel(torch.device("cpu"), (torch.complex64,) * 4, 6, 6, 0.0) is None
     assert caplog.text.count("computed eagerly") == 1
+
+
+def test_dropout_that_stays_on_in_evaluation():
+    """fairseq's --retain-dropout."""
+    dropout = FairseqDropout(0.5, module_name="here")
+    norm = norm_with_values(33, dropout).eval()
+    f, x = torch.randn(2, 4, 7, 33, dtype=torch.float64)
+    without = gradients(norm, f, x, "measured")[0]
+    dropout.apply_during_inference = True
+    got, expected = (gradients(norm, f, x, fast) for fast in ("measured", "off"))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(got[0], without)
+
+
+def test_switch_on_a_gpu(monkeypatch):
+    """The kernels where all is asked for, and with "measured" where they were measured; one line where they cannot."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(fused, "_kernel", lambda *_: "the kernels")
+    x, norm = torch.zeros(2, 6).as_subclass(OnGpu), OmegaLayerNorm(6, nn.Identity())
+    arguments = (x, x, norm.omega, norm.weight, 0.0)
+    assert fused.choose("all", *arguments) == "the kernels"
+    assert fused.choose("off", *arguments) is None
+    assert fused.choose("measured", *arguments) is None
+    monkeypatch.setattr(fused, "MEASURED_GPUS", frozenset({"Some GPU"}))
+    assert fused.choose("measured", *arguments) == "the kernels"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert fused.choose("all", *arguments) is None
 
 
 def test_benchmark(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,6 @@ import torch
 from conftest import run_alone
 
 from admin_fairseq import fused
-from admin_fairseq.norm import OmegaLayerNorm
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 if int(triton.__version__.split(".")[0]) < 3:
@@ -26,22 +25,33 @@ def test_compiles_for_a_gpu_without_spilling(tmp_path):
     run_alone(tmp_path, "compile_kernels.py", TRITON_INTERPRET="0")
 
 
-def test_switch_on_a_gpu(monkeypatch):
-    """The kernels where all is asked for, and with "measured" where they were measured; one line where they cannot."""
+@pytest.mark.parametrize("fails", ["forward", "backward", "nothing"])
+def test_a_kernel_that_does_not_compile_is_not_used(monkeypatch, caplog, fails):
+    """Found out with what the sub-layer has: dtypes, width, shape of omega, dropout; no random number is drawn."""
+    seen = []
 
-    class OnGpu(torch.Tensor):
-        is_cuda = True
+    class Kernel(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, f, x, omega, weight, bias, eps, p):
+            seen.append(([t.dtype for t in (f, x, omega, weight)], x.shape[-1], omega.numel(), p))
+            torch.rand(())
+            if fails == "forward":
+                raise RuntimeError("no compiler\nand more")
+            return x + f
 
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(fused, "_kernel", lambda *_: "the kernels")
-    x, norm = torch.zeros(2, 6).as_subclass(OnGpu), OmegaLayerNorm(6, torch.nn.Identity())
-    arguments = (x, x, norm.omega, norm.weight, 0.0)
-    assert fused.choose("all", *arguments) == "the kernels"
-    assert fused.choose("off", *arguments) is None
-    monkeypatch.setattr(fused, "MEASURED_GPUS", frozenset())
-    assert fused.choose("measured", *arguments) is None
-    monkeypatch.setattr(fused, "MEASURED_GPUS", frozenset({"Some GPU"}))
-    assert fused.choose("measured", *arguments) == "the kernels"
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert fused.choose("all", *arguments) is None
+        @staticmethod
+        def backward(ctx, dy):
+            if fails == "backward":
+                raise RuntimeError("no compiler\nand more")
+            return dy.half(), dy, dy[0], dy[0], dy[0], None, None
+
+    monkeypatch.setattr("admin_fairseq.kernels.omega_layer_norm", Kernel.apply)
+    fused._say.cache_clear()
+    dtypes = (torch.float16, torch.float32, torch.float32, torch.float32)
+    state = torch.get_rng_state()
+    with torch.no_grad(), caplog.at_level("WARNING"):
+        chosen = fused._kernel.__wrapped__(torch.device("cpu"), dtypes, 48, 48, 0.1)
+    assert seen == [(list(dtypes), 48, 48, 0.1)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (chosen is None) == (fails != "nothing")
+    assert ("cannot run here (no compiler): sub-layers are computed eagerly" in caplog.text) == (chosen is None)

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+from fairseq.optim.adam import Adam
 from fairseq.trainer import Trainer
 
-from admin_fairseq import loss
+from admin_fairseq import hooks, loss, optim
 
 PADDING = 1
 
@@ -105,6 +106,20 @@ def test_the_switch(build, tmp_path, flags, blockwise):
     """The class keeps its name, without which fairseq does not resume."""
     model, task, cfg = build("transformer_admin", "--save-dir", str(tmp_path), "--admin-init", "unit", *flags)
     criterion = task.build_criterion(cfg.criterion)
-    Trainer(cfg, task, model, criterion).optimizer  # noqa: B018  (builds it)
+    trainer = Trainer(cfg, task, model, criterion)
+    is_fused = blockwise and torch.__version__ >= "2.4"  # before, torch has no such kernel for CPUs
+    assert type(trainer.optimizer.optimizer) is (optim.FusedAdam if is_fused else Adam)
     assert ("compute_loss" in vars(criterion)) == blockwise
     assert type(criterion) is LabelSmoothedCrossEntropyCriterion
+
+
+def test_measured_leaves_unmeasured_devices_alone(criteria):
+    """A trainer on a GPU, where neither was measured."""
+    criterion, _ = criteria()
+    trainer = SimpleNamespace(
+        get_model=lambda: SimpleNamespace(admin_fast="measured"),
+        get_criterion=lambda: criterion,
+        device=torch.device("cuda"),
+    )
+    hooks._speed_up(trainer)  # has no optimizer to fuse
+    assert "compute_loss" not in vars(criterion)

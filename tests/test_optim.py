@@ -109,6 +109,32 @@ def test_fused_adam_is_fairseqs(dtype, tolerance, decay):
 
 
 @needs_fused
+@pytest.mark.parametrize("case", ["gradient", "parameter", "slice", "dtypes", "half", "amsgrad", "sparse"])
+def test_what_the_kernel_cannot_do_is_left_to_fairseq(case):
+    """Memory in another order, several dtypes, another algorithm: to the bit what fairseq computes, or refuses."""
+    first = torch.randn(5, 7).bfloat16() if case == "half" else torch.randn(5, 7)
+    first = {"parameter": first.t(), "slice": torch.randn(5, 14)[:, ::2]}.get(case, first)
+    second = torch.randn(3, dtype=torch.float64 if case == "dtypes" else first.dtype)
+    gradient = {"gradient": torch.randn(7, 5).t(), "sparse": first.to_sparse()}.get(case, torch.randn(first.shape))
+    found = []
+    for kind in (Adam, FusedAdam):
+        params = [torch.nn.Parameter(first.clone()), torch.nn.Parameter(second.clone())]  # clone keeps the order
+        if case == "slice":
+            params[0] = torch.nn.Parameter(torch.zeros(5, 14)[:, ::2].copy_(first))
+        optimizer = kind(params, amsgrad=case == "amsgrad")
+        for p in params:
+            p.grad = (gradient if p is params[0] else second).to(p.dtype)
+        if case == "sparse":
+            with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+                optimizer.step()
+        for _ in range(0 if case == "sparse" else 3):
+            optimizer.step()
+        found.append(params)
+    for expected, got in zip(*found):
+        assert torch.equal(expected, got)
+
+
+@needs_fused
 def test_resumes_from_the_unfused_and_back(data, tmp_path):
     """Clipping, decay, and the optimizer's state of one kind taken on by the other; the loss says it is the same."""
     flags = "--clip-norm 0.5 --weight-decay 0.01 --dropout 0 --admin-fast"

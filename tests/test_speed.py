@@ -81,47 +81,114 @@ def test_flops_are_those_of_the_matrix_products(build, batch):
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
-def test_search_stops_where_memory_does():
-    room = 5000
+def test_search_stops_where_memory_or_the_data_does():
     asked = []
 
-    def measure_at(tokens):
+    def measure_at(tokens, room, data):
         asked.append(tokens)
-        return {"out of memory": True} if tokens > room else {"rounds": {}}
+        if tokens > room:
+            raise AdminError("out of memory")
+        return {"rounds": {"admin": [{"tokens": min(tokens, data)}]}}
 
-    assert [answer["max_tokens"] for answer in speed.search(measure_at, 1000)] == [1000, 2000, 4000]
+    def sizes(room, data):
+        found, end = speed.search(lambda tokens: measure_at(tokens, room, data), 1000)
+        return [answer["max_tokens"] for answer in found], end
+
+    assert sizes(5000, 10**9) == ([1000, 2000, 4000], "8000: out of memory")
     assert asked == [1000, 2000, 4000, 8000]
+    assert sizes(10**9, 3000) == ([1000, 2000, 4000], "8000: no larger batch in the data")
 
 
-def test_gpu_report(tmp_path, monkeypatch, capsys):
-    """With a worker that only pretends: the fastest batch, the largest, and memory a token between the two largest."""
+def pretend(setting):
+    """A worker with room for 4096 tokens, fastest at 2048, Admin twice as fast as stock; not for 100-100 as it is."""
+    tokens, (method,), extra = setting["max_tokens"], setting["methods"], setting["extra"]
+    if tokens > 4096 or (setting["depth"], extra) == ("100-100", []):
+        return {"out of memory": True}
+    if "--admin-fast" in extra and tokens > 1024:
+        raise AdminError("measuring failed (1): something else")
+    step = (0.5 if tokens == 2048 else 2.0) * (1 + (method == "postln"))
+    rounds = [{"forward": 0.1, "backward": 0.2, "optimizer": 0.1, "step": step, "tokens": tokens, "flops": 1e12}]
+    common = {"prepass": {}, "generation": {}, "matmul": 4e12, "memory_mb": 100 + tokens / 1024}
+    return {"rounds": {method: rounds}, "parameters": {method: 1}, **common}
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch):
+    """report(worker) -> the rows of --gpu-report with a worker that only pretends."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    return lambda worker: speed.main(
+        ["DATA-BIN", "--gpu-report", "--max-tokens", "1024", "--out", str(tmp_path)], worker
+    )
 
-    def worker(setting):
-        tokens, (method,) = setting["max_tokens"], setting["methods"]
-        if tokens > 4096:
-            return {"out of memory": True}
-        step = 0.5 if tokens == 2048 else 2.0
-        rounds = [{"forward": 0.1, "backward": 0.2, "optimizer": 0.1, "step": step, "tokens": tokens, "flops": 1e12}]
-        common = {"prepass": {}, "generation": {}, "matmul": 4e12, "memory_mb": 100 + tokens / 1024}
-        return {"rounds": {method: rounds}, "parameters": {method: 1}, **common}
 
-    table = speed.main(["DATA-BIN", "--gpu-report", "--max-tokens", "1024", "--out", str(tmp_path)], worker)
-    assert len(table) == len(speed.PLAN)
-    for row in table:
+def test_gpu_report(report, capsys):
+    """The fastest batch, the largest, memory a token between the two largest, tokens a second beside stock."""
+    stock, admin, failed, checkpointed, *deep = table = report(pretend)
+    assert [(row["method"], row["depth"]) for row in table] == [line[:2] for line in speed.PLAN]
+    assert (stock["tokens_ratio"], admin["tokens_ratio"], failed["tokens_ratio"]) == pytest.approx((1, 2, 0.25))
+    for row in (stock, admin, checkpointed):
         assert (row["max_tokens"], row["largest_max_tokens"]) == (2048, 4096)
         assert row["kb_per_token"] == pytest.approx(1)
-        assert row["flops_share"] == pytest.approx(0.5)
-    assert "--checkpoint-activations" in capsys.readouterr().out
+        assert row["ended_at"] == "8192: out of memory"
+        assert not {"step_ratio", "memory_ratio"} & row.keys()
+    assert admin["flops_share"] == pytest.approx(0.5)
+    assert (failed["max_tokens"], failed["ended_at"]) == (1024, "2048: measuring failed (1): something else")
+    assert [("step_s" in row, row["ended_at"]) for row in deep] == [
+        (False, "1024: out of memory"),
+        (False, "1024: out of memory"),
+        (True, "8192: out of memory"),
+    ]
+    assert "tokens_ratio" not in deep[-1]
+    out, err = capsys.readouterr()
+    assert "--checkpoint-activations" in out and "fp16" in out and "a sub-layer" not in out
+    assert "admin 100-100 bf16: ended at --max-tokens 1024: out of memory\n" in err
 
 
-def test_out_of_memory_is_an_answer(monkeypatch):
+def test_gpu_report_is_written_line_by_line(report, tmp_path):
+    def interrupted(setting):
+        if setting["methods"] == ["admin"]:
+            raise KeyboardInterrupt
+        return pretend(setting)
+
+    with pytest.raises(KeyboardInterrupt):
+        report(interrupted)
+    assert (tmp_path / "speed.csv").read_text().count("postln") == 1
+    assert "postln" in (tmp_path / "record.md").read_text()
+
+
+def test_a_depth_that_fails_does_not_end_the_others(tmp_path, capsys):
+    def worker(setting):
+        if setting["depth"] == "2-1":
+            raise AdminError("measuring failed")
+        return pretend({**setting, "depth": ""})
+
+    argv = ["--methods", "postln", "--max-tokens", "64", "--vocabulary", "9", "--out", str(tmp_path)]
+    (row,) = speed.main([*argv, "--depths", "2-1,1-1"], worker)
+    assert row["depth"] == "1-1"
+    assert "2-1, --max-tokens 64: measuring failed\n" in capsys.readouterr().err
+    with pytest.raises(AdminError, match="nothing was measured"):
+        speed.main([*argv, "--depths", "2-1"], worker)
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"])
+def test_out_of_memory_is_an_answer(monkeypatch, message):
     def full(setting):
-        raise RuntimeError("CUDA out of memory. Tried to allocate")
+        raise RuntimeError(message)
 
     monkeypatch.setattr(speed, "_measure", full)
     assert speed.measure({"threads": 0}) == {"out of memory": True}
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_embeddings_are_shared_where_the_dictionaries_are_one(tmp_path, joined):
+    data = speed.write_synthetic(tmp_path, 20, 10)
+    if not joined:
+        with (tmp_path / "dict.en.txt").open("a") as file:
+            file.write("another 1\n")
+    setting = {"depth": "1-1", "max_tokens": 150, "dtype": "fp32", "device": "cpu", "extra": SMALL.split()}
+    model = speed.make_trainer("postln", {**setting, "data": data, "folder": str(tmp_path)}).get_model()
+    assert (model.encoder.embed_tokens is model.decoder.embed_tokens) == joined
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
