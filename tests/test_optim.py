@@ -129,6 +129,7 @@ def test_what_the_kernel_cannot_do_is_left_to_fairseq(case):
                 optimizer.step()
         for _ in range(0 if case == "sparse" else 3):
             optimizer.step()
+            params[0].grad = params[0].grad * 0.1  # amsgrad differs where gradients shrink
         found.append(params)
     for expected, got in zip(*found):
         assert torch.equal(expected, got)
