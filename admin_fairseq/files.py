@@ -1,10 +1,12 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and tables as text for them."""
 
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import os
-from typing import IO, Iterator
+from typing import IO, Any, Iterable, Iterator, Sequence
 
 from admin_fairseq.errors import AdminError
 
@@ -37,3 +39,13 @@ def refuse_output(source: str, path: str) -> None:
         raise AdminError(f"{path} is the file to read; give another name to write to")
     if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
         raise AdminError(f"cannot write {path}: it must be a file in a folder that exists and can be written to")
+
+
+def as_csv(rows: Sequence[dict[str, Any]], columns: Iterable[str] | None = None) -> str:
+    """Rows as a CSV table, by default with every column that one of them has."""
+    out = io.StringIO()
+    names = dict.fromkeys(key for row in rows for key in row) if columns is None else columns
+    table = csv.DictWriter(out, list(names), extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return out.getvalue()

@@ -72,6 +72,11 @@ def adopt(layer: nn.Module, rule: type[Rule], stack: str, layers: dict[str, int]
         checkpoint_wrapper(layer, offload_to_cpu=wrapped.args[1])
 
 
+def stacks(model: nn.Module) -> dict[str, nn.Module]:
+    """ "encoder" and "decoder" of any of fairseq's Transformers, or "decoder" alone."""
+    return {name: getattr(model, name) for name in ("encoder", "decoder") if hasattr(model, name)}
+
+
 class RuledModel(nn.Module):
     """A Transformer whose layers follow a rule; mixed in before fairseq's model class."""
 
@@ -133,5 +138,5 @@ class RuledModel(nn.Module):
             self.rule.set_up_stack(stack)
 
     def stacks(self) -> dict[str, nn.Module]:
-        """ "encoder" and "decoder", or "decoder" alone."""
-        return {name: getattr(self, name) for name in ("encoder", "decoder") if hasattr(self, name)}
+        """As :func:`stacks`."""
+        return stacks(self)

@@ -70,15 +70,21 @@ def _from_profile(profile: Profile) -> Table:
     return table
 
 
-def _from_checkpoint(path: str) -> Table:
+def of_weights(weights: dict[str, torch.Tensor]) -> Table:
+    """omega's mean and population standard deviation over dimensions, of a checkpoint's weights."""
     table: Table = {}
-    for key, value in checkpoint.load(path)["model"].items():
+    for key, value in weights.items():
         if key.endswith("_layer_norm.omega"):
             stack, name = key[: -len("_layer_norm.omega")].split(".layers.")
             layer, kind = name.split(".")
             std, mean = (number.item() for number in torch.std_mean(value.float(), unbiased=False))
             row: Row = {"layer": int(layer), "sub_layer": kind, "omega": mean, "std": std}
             table.setdefault(stack, []).append(row)
+    return table
+
+
+def _from_checkpoint(path: str) -> Table:
+    table = of_weights(checkpoint.load(path)["model"])
     start = os.path.join(os.path.dirname(path), "admin_profile.json")
     first = _from_profile(read_profile(start)) if os.path.exists(start) else {}
     if [*map(len, first.values())] == [*map(len, table.values())]:

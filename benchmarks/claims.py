@@ -32,7 +32,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from admin_fairseq.errors import AdminError  # noqa: E402
-from benchmarks.compare import Data, as_csv, number, split_options, write  # noqa: E402
+from admin_fairseq.files import as_csv  # noqa: E402
+from benchmarks.compare import Data, number, split_options, write  # noqa: E402
 from benchmarks.figures import panels  # noqa: E402
 
 

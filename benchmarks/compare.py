@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import fcntl
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -52,7 +50,7 @@ import fairseq  # noqa: E402
 from fairseq.data import Dictionary, data_utils  # noqa: E402
 from admin_fairseq.architectures import METHODS  # noqa: E402
 from admin_fairseq.errors import DATA_HINT, AdminError  # noqa: E402
-from admin_fairseq.files import writing  # noqa: E402
+from admin_fairseq.files import as_csv, writing  # noqa: E402
 from benchmarks import divergence  # noqa: E402
 from benchmarks.divergence import DIVERGED, context_free_perplexities, final_loss, judge, smooth  # noqa: E402
 from benchmarks.figures import panels  # noqa: E402
@@ -424,14 +422,6 @@ def table_csv(results: dict[Run, Result]) -> str:
     chosen = {run for group in best(results).values() for run in group}
     rows = ({**result, **asdict(run), "best": "yes" if run in chosen else "no"} for run, result in results.items())
     return as_csv(rows, COLUMNS)
-
-
-def as_csv(rows: Iterable[dict[str, Any]], columns: Iterable[str]) -> str:
-    out = io.StringIO()
-    table = csv.DictWriter(out, list(columns), extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    return out.getvalue()
 
 
 def number(value: float | None) -> str:

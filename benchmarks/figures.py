@@ -53,10 +53,7 @@ def panels(
         axis.yaxis.set_minor_formatter("")
         _label(axis, ends)
     axes[0][0].set_ylabel(ylabel)
-    out = io.BytesIO()
-    figure.savefig(out, dpi=150, format="png")
-    pyplot.close(figure)
-    return out.getvalue()
+    return _png(figure)
 
 
 def _label(axis: Any, ends: list[tuple[float, float, str, dict[str, Any]]]) -> None:
@@ -105,6 +102,10 @@ def against_depth(table: Sequence[dict[str, Any]]) -> bytes:
         axis.set_xticks([layers for layers, _ in depths], [depth for _, depth in depths])
         axis.set_xlim(axis.get_xlim())
         _label(axis, ends)
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, dpi=150, format="png")
     pyplot.close(figure)

@@ -13,8 +13,7 @@ name to MEASURED_GPUS in admin_fairseq/fused.py.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
+import operator
 import os
 import platform
 import statistics
@@ -31,7 +30,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from admin_fairseq import AdminError, fused
-from admin_fairseq.files import writing
+from admin_fairseq.files import as_csv, writing
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -136,6 +135,7 @@ def measure_cpu(args: argparse.Namespace) -> list[dict[str, object]]:
                     if number:
                         seconds[way].append(time.perf_counter() - started)
             for way, own in seconds.items():
+                ratios = map(operator.truediv, own, seconds["stock"])
                 rows.append(
                     {
                         "width": width,
@@ -143,14 +143,10 @@ def measure_cpu(args: argparse.Namespace) -> list[dict[str, object]]:
                         "computed": way,
                         "ms, fastest": round(min(own) * 1e3, 2),
                         "of stock, fastest": f"{min(own) / min(seconds['stock']):.2f}",
-                        "of stock, median of rounds": f"{statistics.median(map(ratio, own, seconds['stock'])):.2f}",
+                        "of stock, median of rounds": f"{statistics.median(ratios):.2f}",
                     }
                 )
     return rows
-
-
-def ratio(one: float, other: float) -> float:
-    return one / other
 
 
 def versions(args: argparse.Namespace) -> str:
@@ -190,12 +186,8 @@ def main() -> None:
         command = f"    python benchmarks/kernel.py {' '.join(sys.argv[1:])}"
         with writing(str(args.out / "kernel.md")) as out:
             out.write(f"# LN(omega * x + dropout(f))\n\n{command}\n\n{table}\n\n{versions(args)}\n".encode())
-        text = io.StringIO()
-        writer = csv.DictWriter(text, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
         with writing(str(args.out / "kernel.csv")) as out:
-            out.write(text.getvalue().encode())
+            out.write(as_csv(rows).encode())
 
 
 if __name__ == "__main__":

@@ -51,8 +51,9 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf  # noqa: E402
 from fairseq.trainer import Trainer  # noqa: E402
 from admin_fairseq.architectures import METHODS  # noqa: E402
 from admin_fairseq.errors import AdminError  # noqa: E402
+from admin_fairseq.files import as_csv  # noqa: E402
 from admin_fairseq.model import AdminModel, sub_layers  # noqa: E402
-from benchmarks.compare import as_csv, environment, peak_memory, several, split_options, write  # noqa: E402
+from benchmarks.compare import environment, peak_memory, several, split_options, write  # noqa: E402
 from benchmarks.figures import against_depth  # noqa: E402
 
 TRAIN = """--optimizer adam --adam-betas (0.9,0.98) --lr-scheduler inverse_sqrt --lr 5e-4 --warmup-updates 4000

@@ -22,7 +22,8 @@ from admin_fairseq.analysis.amplification import Case, by_noise, by_update, chan
 from admin_fairseq.analysis.dependency import _normalised, dependency_map, measure
 from admin_fairseq.analysis.figures import Page, write
 from admin_fairseq.analysis.probe import SubLayer, observe
-from admin_fairseq.analysis.subject import method_name, stacks, use_xavier
+from admin_fairseq.analysis.subject import method_name, use_xavier
+from admin_fairseq.layers import stacks
 from admin_fairseq.profiling import Sample
 
 pytest.importorskip("matplotlib")

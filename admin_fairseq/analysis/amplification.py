@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from admin_fairseq.analysis.figures import MARKERS, Page, pyplot, style, write
-from admin_fairseq.analysis.subject import DEFAULT_ARCHS, configure, method_name, parse, stacks, subjects, use_xavier
+from admin_fairseq.analysis.probe import norms_of
+from admin_fairseq.analysis.subject import DEFAULT_ARCHS, configure, method_name, parse, subjects, use_xavier
 from admin_fairseq.errors import AdminError
+from admin_fairseq.layers import stacks
 from admin_fairseq.methods import DeepNorm
 from admin_fairseq.model import AdminModel
 from admin_fairseq.profiling import Sample, profile
@@ -177,7 +179,6 @@ def has_data(args: argparse.Namespace) -> bool:
 
 def cases(args: argparse.Namespace) -> Iterator[tuple[Case, list[int]]]:
     """What to measure, each with the seeds of its noise: of one model many, of each random stack a few."""
-    stacks_of = list(range(1, args.seeds + 1))
     if has_data(args):
         seeds = list(range(1, DRAWS * args.seeds + 1))
         for subject in subjects(args.path, args.arch, args.rest, ffn_init=args.ffn_init):
@@ -189,7 +190,7 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[Case, list[int]]]:
     else:
         for arch in args.arch or DEFAULT_ARCHS:
             for stack in PER_LAYER:
-                for seed in stacks_of:
+                for seed in range(1, args.seeds + 1):
                     yield random_case(arch, stack, seed, args), [DRAWS * seed + draw for draw in range(DRAWS)]
 
 
@@ -215,7 +216,7 @@ def run(args: argparse.Namespace) -> None:
         noise.setdefault(key, []).extend(by_noise(case, args.noise, seed) for seed in seeds)
         if key not in updates:
             deepest = len(list(case.module.layers.children()))
-            per_layer = _per_layer(case)
+            per_layer = len(norms_of(case.module.layers[0]))
             updates[key] = {n * per_layer: by_update(case, n, LR) for n in _few(deepest)}
         sizes[case.stack] = {"width": case.module.layers[0].embed_dim, "positions": _positions(case)}
     settings = {"noise": args.noise, "lr": LR, "seeds": args.seeds, "draws": DRAWS, "ffn_init": args.ffn_init}
@@ -241,10 +242,6 @@ def run(args: argparse.Namespace) -> None:
     for line in _table(data):
         print("  ".join(f"{cell:>9}" for cell in line))
     write(args.out, "amplification", data, rows, page(data), args.format)
-
-
-def _per_layer(case: Case) -> int:
-    return sum(name.endswith("_layer_norm") for name, _ in case.module.layers[0].named_children())
 
 
 def _positions(case: Case) -> int:

@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from admin_fairseq.analysis.figures import Page, pyplot, style, write
 from admin_fairseq.analysis.probe import SubLayer, observe
-from admin_fairseq.analysis.subject import AFTER, BEFORE, DEFAULT_ARCHS, stacks, subjects
+from admin_fairseq.analysis.subject import AFTER, BEFORE, DEFAULT_ARCHS, subjects
 from admin_fairseq.errors import AdminError
+from admin_fairseq.layers import stacks
 
 REFERENCES = [
     ["what", "the authors' figure"],

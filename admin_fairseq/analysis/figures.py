@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Sequence
 
 from admin_fairseq.errors import AdminError
-from admin_fairseq.files import writing
+from admin_fairseq.files import as_csv, writing
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")  # Okabe-Ito, without yellow
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))  # lines that share a colour differ in dashes
@@ -84,11 +83,7 @@ def write(
         pyplot().close(figure)
         figures.append({"file": f"{name}{suffix}.{kind}", "caption": caption})
         _write(out, figures[-1]["file"], drawn.getvalue())
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    _write(out, f"{name}.csv", table.getvalue().encode())
+    _write(out, f"{name}.csv", as_csv(rows).encode())
     tables = [{"caption": caption, "rows": cells} for caption, cells in page.tables]
     words = {"title": page.title, "text": page.text, "figures": figures, "tables": tables}
     _write(out, f"{name}.json", (json.dumps({**data, "page": words}, indent=1) + "\n").encode())

@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from admin_fairseq.analysis.figures import Page, pyplot, style, write
-from admin_fairseq.analysis.subject import AFTER, BEFORE, Subject, stacks, subjects
+from admin_fairseq.analysis.probe import norms_of
+from admin_fairseq.analysis.subject import AFTER, BEFORE, Subject, subjects
 from admin_fairseq.errors import AdminError
+from admin_fairseq.layers import stacks
 from admin_fairseq.profiling import STACKS
 
 MOMENTS = 4  # in a histogram; more are hard to tell apart
@@ -124,8 +126,7 @@ def _output_gradients(model: nn.Module) -> Iterator[dict[str, dict[str, Any]]]:
             layers, names = list(module.layers.children()), []
             numbers = itertools.count()
             for number, layer in enumerate(layers):
-                kinds = [name[: -len("_layer_norm")] for name, _ in layer.named_children() if "_layer_norm" in name]
-                names += [f"{number} {kind.replace('final', 'ffn')}" for kind in kinds]
+                names += [f"{number} {kind}" for kind in norms_of(layer)]
                 patch(layer, stack, numbers)
             norms[stack] = [None] * len(names)
             result[stack] = {"sub_layers": names}

@@ -15,19 +15,17 @@ from __future__ import annotations
 import os
 import re
 from argparse import Namespace
-from functools import partial
 from typing import Any, Sequence
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from admin_fairseq import checkpoint
+from admin_fairseq import checkpoint, show
 from admin_fairseq.analysis.figures import GREY, Page, pyplot, write
+from admin_fairseq.analysis.probe import SubLayer, observe
 from admin_fairseq.analysis.subject import configure, merged, start, subjects
 from admin_fairseq.errors import AdminError
-from admin_fairseq.model import AdminModel, sub_layers
-from admin_fairseq.norm import OmegaLayerNorm
+from admin_fairseq.model import AdminModel
 from admin_fairseq.profiling import STACKS, Profile, Sample, read_profile
 
 FIGURE = (
@@ -104,14 +102,10 @@ def _checkpoints(path: str) -> list[str]:
 
 def of_weights(weights: dict[str, Tensor]) -> dict[str, dict[str, list[float]]]:
     """By stack, "mean" and "std" over dimensions of every sub-layer's omega in forward order."""
-    result: dict[str, dict[str, list[float]]] = {}
-    for key, value in weights.items():
-        if key.endswith("_layer_norm.omega"):
-            std, mean = torch.std_mean(value.float(), unbiased=False)
-            stack = result.setdefault(key.split(".")[0], {"mean": [], "std": []})
-            stack["mean"].append(mean.item())
-            stack["std"].append(std.item())
-    return result
+    return {
+        stack: {"mean": [row["omega"] for row in rows], "std": [row["std"] for row in rows]}
+        for stack, rows in show.of_weights(weights).items()
+    }
 
 
 def of_profile(profile: Profile) -> dict[str, dict[str, list[float]]]:
@@ -133,25 +127,11 @@ def measure(model: AdminModel, sample: Sample) -> dict[str, list[float]]:
     """By stack, the share of every sub-layer's branch as the module's docstring says."""
     shares: dict[str, list[float]] = {}
 
-    def observe(stack: str, keep: Tensor, norm: OmegaLayerNorm, x: Tensor, f: Tensor) -> None:
-        shortcut, branch = ((x * norm.omega)[keep].double().var(), f[keep].double().var())
-        shares.setdefault(stack, []).append((branch / (shortcut + branch)).item())
+    def collect(sub_layer: SubLayer) -> None:
+        shortcut, branch, _ = sub_layer.variances()
+        shares.setdefault(sub_layer.stack, []).append(branch / (shortcut + branch))
 
-    norms = []
-    was_training = model.training
-    model.eval()
-    try:
-        for stack, module in model.stacks().items():
-            keep = sample.tokens(stack).ne(module.padding_idx).t()  # (time, batch)
-            for norm in sub_layers(module).values():
-                norm.observer = partial(observe, stack, keep)
-                norms.append(norm)
-        with torch.no_grad():
-            model(**sample.net_input, features_only=True)
-    finally:
-        model.train(was_training)
-        for norm in norms:
-            norm.observer = None
+    observe(model, sample, collect)
     return shares
 
 

@@ -10,8 +10,8 @@ from typing import Any, Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from admin_fairseq.analysis.subject import stacks
 from admin_fairseq.errors import AdminError
+from admin_fairseq.layers import stacks
 from admin_fairseq.methods import BottomToTop, ResiDual
 from admin_fairseq.norm import OmegaLayerNorm
 from admin_fairseq.profiling import Sample
@@ -34,14 +34,16 @@ class SubLayer:
     x: Tensor
     branch: Tensor
 
-    @property
-    def label(self) -> str:
-        return f"{self.stack} layer {self.layer} {self.name}"
-
     def variances(self) -> tuple[float, float, float]:
         """(Var[shortcut], Var[branch], Var[their sum]), over all positions and dimensions."""
         shortcut, branch = self.scale(self.x).double(), self.branch.double()
         return tuple(part.var(unbiased=False).item() for part in (shortcut, branch, shortcut + branch))
+
+
+def norms_of(layer: nn.Module) -> dict[str, nn.Module]:
+    """A layer's sub-layers in forward order, "self_attn", "encoder_attn" and "ffn", with their LayerNorms."""
+    norms = {name[: -len("_layer_norm")]: norm for name, norm in layer.named_children() if name.endswith("_layer_norm")}
+    return {"ffn" if name == "final" else name: norm for name, norm in norms.items()}
 
 
 def observe(model: nn.Module, sample: Sample, seen: Callable[[SubLayer], None]) -> None:
@@ -74,10 +76,9 @@ def _watched(layer: nn.Module, report: Callable[..., None]) -> Iterator[None]:
             f"{type(layer).__name__} layers have paths across sub-layers; this analysis takes methods in which each"
             " sub-layer adds a branch to its shortcut"
         )
-    norms = {name: module for name, module in layer.named_children() if name.endswith("_layer_norm")}
-    names = [("ffn" if name == "final_layer_norm" else name[: -len("_layer_norm")], norms[name]) for name in norms]
+    norms = norms_of(layer)
     if all(isinstance(norm, OmegaLayerNorm) for norm in norms.values()):
-        for name, norm in names:
+        for name, norm in norms.items():
             norm.observer = lambda norm, x, f, name=name: report(
                 name, norm, False, partial(torch.mul, norm.omega), x, f
             )
@@ -87,11 +88,11 @@ def _watched(layer: nn.Module, report: Callable[..., None]) -> Iterator[None]:
             for norm in norms.values():
                 norm.observer = None
         return
-    rule, calls = layer.residual_connection, iter(range(len(names)))
+    rule, calls = layer.residual_connection, iter(norms.items())
 
     def residual_connection(f: Tensor, x: Tensor) -> Tensor:
         out = rule(f, x)
-        name, norm = names[next(calls)]
+        name, norm = next(calls)
 
         def scale(part: Tensor) -> Tensor:
             return rule(torch.zeros_like(part), part)

@@ -20,7 +20,7 @@ from torch import nn
 from admin_fairseq import checkpoint, hooks
 from admin_fairseq.errors import DATA_HINT, AdminError
 from admin_fairseq.model import AdminModel
-from admin_fairseq.profiling import STACKS, Sample
+from admin_fairseq.profiling import Sample
 from admin_fairseq.verify import build
 
 DEFAULT_ARCHS = ("transformer_postln", "transformer_preln", "transformer_admin")
@@ -47,11 +47,6 @@ class Subject:
     @property
     def label(self) -> str:
         return f"{self.method}, {self.when}"
-
-
-def stacks(model: nn.Module) -> dict[str, nn.Module]:
-    """ "encoder" and "decoder" of any of fairseq's Transformers, or "decoder" alone."""
-    return {name: getattr(model, name) for name in STACKS if hasattr(model, name)}
 
 
 def parse(arch: str, rest: Sequence[str], only_given: bool = False) -> Namespace:
