@@ -24,7 +24,7 @@ def panels(
     """A PNG with a panel a title and a labelled line a method; perplexity on a logarithmic axis up to 4 x unigram.
 
     ``lines`` maps (title, method) to (x, y). With ``ticks`` the x axis is logarithmic too, has these ticks, and the
-    points are marked.
+    points are marked, those without a finite y by a cross at the top.
     """
     titles, methods = (list(dict.fromkeys(key[i] for key in lines)) for i in (0, 1))
     values = [y for _, ys in lines.values() for y in ys if math.isfinite(y)] + [unigram]
@@ -41,9 +41,13 @@ def panels(
             points = [(x, y) for x, y in zip(xs, ys) if math.isfinite(y)]
             if points:
                 ends.append((points[-1][0], min(points[-1][1], top), method, look))
+            lost = [x for x, y in zip(xs, ys) if ticks and not math.isfinite(y)]
+            if lost:
+                axis.plot(lost, [0.97] * len(lost), "x", color=look["color"], transform=axis.get_xaxis_transform())
+                axis.text(0.02, 0.97, "x  not finite", fontsize=8, va="center", transform=axis.transAxes)
         if ticks:
             axis.set(xscale="log", xticks=ticks)
-            axis.xaxis.set_major_formatter("{x:g}")
+            axis.set_xticklabels(_with_room(ticks))
             axis.xaxis.set_minor_locator(ticker.NullLocator())
         axis.set_xlim(axis.get_xlim())  # fixes it for the labels: autoscaling waits until it is asked
         axis.axhline(unigram, **GREY)
@@ -54,6 +58,17 @@ def panels(
         _label(axis, ends)
     axes[0][0].set_ylabel(ylabel)
     return _png(figure)
+
+
+def _with_room(ticks: Sequence[float]) -> list[str]:
+    """Labels of the ticks of a logarithmic axis, empty where one would touch the label before it."""
+    labels: list[str] = []
+    last, room = -math.inf, 0.16 * (math.log(max(ticks)) - math.log(min(ticks)))
+    for tick in ticks:
+        has_room = math.log(tick) - last >= room
+        labels.append(f"{tick:g}" if has_room else "")
+        last = math.log(tick) if has_room else last
+    return labels
 
 
 def _label(axis: Any, ends: list[tuple[float, float, str, dict[str, Any]]]) -> None:
@@ -67,11 +82,13 @@ def _label(axis: Any, ends: list[tuple[float, float, str, dict[str, Any]]]) -> N
         down.append(min(y, down[-1] - gap) if down else y)
     for i, ((x, y, text, look), *both) in enumerate(zip(ends, up, reversed(down))):
         height = min(max(sum(both) / 2, i * gap), 1 - (len(ends) - 1 - i) * gap)
-        leader = {"arrowstyle": "-", "linewidth": 1, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 0, **look}
+        # thin and grey: nobody should take it for a curve that goes on
+        leader = {"arrowstyle": "-", "linewidth": 0.5, "color": "0.7", "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 2}
         axis.annotate(
             *(text, (x, y), (1.06, height), "axes fraction", "axes fraction", leader),
             fontsize=8,
             va="center",
+            color=look["color"],
             annotation_clip=False,
         )
 

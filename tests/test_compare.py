@@ -24,7 +24,7 @@ from fairseq.scoring.bleu import BleuConfig, Scorer
 
 from admin_fairseq import AdminError
 from admin_fairseq.analysis.figures import COLOURS, DASHES
-from benchmarks import compare
+from benchmarks import compare, figures
 from benchmarks.divergence import context_free_perplexities, judge
 from benchmarks.figures import panels
 
@@ -215,6 +215,15 @@ def test_every_method_has_a_line_of_its_own():
     assert len(looks) == len(methods) >= 13
     lines = {(depth, method): ([1e-3, 2e-3], [9, 8 + i]) for depth in "ab" for i, method in enumerate(methods)}
     assert panels({**lines, ("a", "none"): ([], [])}, UNIGRAM, "x", "y", ticks=[1e-3, 2e-3]).startswith(b"\x89PNG")
+
+
+def test_panels_show_lost_runs_and_tick_labels_with_room(monkeypatch: pytest.MonkeyPatch):
+    kept: list[Any] = []
+    monkeypatch.setattr(figures, "_png", kept.append)
+    panels({("a", "sgd"): ([1e-3, 2e-3, 0.1], [9, math.inf, 8])}, UNIGRAM, "x", "y", ticks=[1e-3, 2e-3, 0.1])
+    (axis,) = kept[0].axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0.001", "", "0.1"]
+    assert [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "x"] == [2e-3]
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,16 @@ def test_equals_eager_to_rounding(p, omega, dtype):
             torch.testing.assert_close(got, expected, **tolerance)
 
 
+def test_evaluation_needs_no_autograd_function(monkeypatch):
+    norm = norm_with_values(dropout=nn.Dropout(0.5)).eval()
+    f, x = torch.randn(2, 5, 6, dtype=torch.float64)
+    expected = norm((f, x))
+    norm.fast = "measured"
+    monkeypatch.setattr(fused, "_FewerPasses", None)
+    with torch.no_grad():
+        torch.testing.assert_close(norm((f, x)), expected)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_gradcheck(p):
     def call(*inputs: torch.Tensor) -> torch.Tensor:
