@@ -147,8 +147,7 @@ def _measure(setting: Setting) -> Row:
     batches = some_batches(first, WARMUP + setting["rounds"])
     rounds: dict[str, list[Row]] = {method: [] for method in trainers}
     for number, batch in enumerate(batches):
-        order = list(clocks)[number % len(clocks) :] + list(clocks)[: number % len(clocks)]
-        for method in order:
+        for method in in_turn(clocks, number):
             seconds = clocks[method].step(batch)
             if number >= WARMUP:
                 rounds[method].append({**seconds, **counts(batch, trainers[method])})
@@ -164,6 +163,12 @@ def _measure(setting: Setting) -> Row:
     if setting["matmul"]:
         answer["matmul"] = matmul_rate(next(first.get_model().parameters()))
     return answer
+
+
+def in_turn(methods: Iterable[str], number: int) -> list[str]:
+    """The methods in the order of a round: each is the first as often as the others."""
+    order = list(methods)
+    return order[number % len(order) :] + order[: number % len(order)]
 
 
 def some_batches(trainer: Trainer, count: int) -> list[dict[str, Any]]:
@@ -218,8 +223,9 @@ def generate(trainers: dict[str, Trainer], batch: dict[str, Any], setting: Setti
         model.eval()
         model.prepare_for_inference_(trainer.cfg)
         generators[method] = trainer.task.build_generator([model], search)
-    for _ in range(1 + setting["rounds"]):
-        for method, trainer in trainers.items():
+    for number in range(1 + setting["rounds"]):
+        for method in in_turn(trainers, number):
+            trainer = trainers[method]
             sample, _ = trainer._prepare_sample(batch)
             if trainer.cuda:
                 torch.cuda.synchronize()
@@ -366,7 +372,8 @@ def rows(answer: Row, memory: dict[str, float], setting: Setting) -> list[Row]:
         if answer["generation"].get(method):
             seconds, reference = answer["generation"][method], answer["generation"][stock]
             row["generation_s"] = statistics.median(seconds)
-            row["generation_ratio"] = statistics.median(a / b for a, b in zip(seconds, reference))
+            low, middle, high = quartiles([a / b for a, b in zip(seconds, reference)])
+            row.update(generation_low=low, generation_ratio=middle, generation_high=high)
         result.append(row)
     return result
 
@@ -445,7 +452,8 @@ COLUMNS = (
     *("depth", "max_tokens", "method", "dtype", "options", "layers", "sub_layers", "parameters", "forward_s"),
     *("backward_s", "optimizer_s", "step_s", "forward_ratio", "backward_ratio", "optimizer_ratio", "step_ratio"),
     *("ratio_low", "ratio_high", "tokens_per_s", "tokens_ratio", "flops_share", "memory_mb", "memory_ratio"),
-    *("prepass_forwards", "generation_s", "generation_ratio", "largest_max_tokens", "kb_per_token", "ended_at"),
+    *("prepass_forwards", "generation_s", "generation_ratio", "generation_low", "generation_high"),
+    *("largest_max_tokens", "kb_per_token", "ended_at"),
 )
 SHOWN = {
     "depth": "{}",
@@ -467,6 +475,7 @@ SHOWN = {
     "prepass_forwards": "{:.2f}",
     "generation_s": "{:.3g}",
     "generation_ratio": "{:.3f}",
+    "generation_range": "{}",
     "largest_max_tokens": "{}",
     "kb_per_token": "{:.1f}",
     "ended_at": "{}",
@@ -476,8 +485,9 @@ SHOWN = {
 def as_markdown(table: list[Row]) -> str:
     def cell(row: Row, column: str) -> str:
         value = row.get(column)
-        if column == "range" and "ratio_low" in row:
-            value = f"{row['ratio_low']:.3f}-{row['ratio_high']:.3f}"
+        prefix = {"range": "ratio", "generation_range": "generation"}.get(column)
+        if f"{prefix}_low" in row:
+            value = f"{row[f'{prefix}_low']:.3f}-{row[f'{prefix}_high']:.3f}"
         return "" if value is None else SHOWN[column].format(value)
 
     cells = [[cell(row, column) for column in SHOWN] for row in table]
@@ -510,7 +520,7 @@ def record(table: list[Row], args: Namespace) -> str:
     where = environment(Namespace(extra=flags, jobs=1, threads=args.threads or torch.get_num_threads()))
     data = args.data or f"synthetic, vocabulary {args.vocabulary:,}"
     ratios = (
-        "ratios are to the depth's first method, the range is the middle half of the rounds' ratios."
+        "ratios are to the depth's first method, a range is the middle half of the rounds' ratios."
         if not args.gpu_report
         else "the tokens ratio is to the depth's stock line, each at its fastest batch."
     )
