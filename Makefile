@@ -5,12 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-slow clean
+# with a GPU; the pinned torch is for CPUs, so say which Python has one: make gpu-report PYTHON=...
+OUT ?= gpu-report
+
+.PHONY: help demo test test-slow gpu-report clean
 
 help:
 	@echo "make demo       train an 18-18 Transformer as Post-LN, Pre-LN and Admin, compare and draw (about 10 minutes)"
 	@echo "make test       lint and tests (about 10 minutes)"
 	@echo "make test-slow  tests that take minutes each: 72 layers at full width"
+	@echo "make gpu-report PYTHON=python  speed on a GPU, with a Python that has torch for it; figures in OUT=gpu-report"
 	@echo "make clean      remove the environment and the demo's output"
 
 demo: $(READY)
@@ -24,6 +28,11 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n auto -m slow
+
+gpu-report:
+	$(PYTHON) benchmarks/kernel.py --out $(OUT)/kernel
+	$(PYTHON) benchmarks/speed.py --device cuda --dtype bf16 --depths 18-18,60-12 --out $(OUT)/speed
+	$(PYTHON) benchmarks/speed.py --gpu-report --out $(OUT)/batches
 
 $(READY): requirements.txt requirements-fairseq.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \

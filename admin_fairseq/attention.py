@@ -28,19 +28,23 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 class Fact:
-    """A yes-or-no question about a mask. The answer waits for the device, so it is asked once a batch, not a layer."""
+    """A yes-or-no question about a mask. The answer waits for the device, so it is asked once a batch, not a layer.
+
+    What activation checkpointing passes on is another tensor of the same memory and version.
+    """
 
     def __init__(self, question: Callable[[Tensor], Tensor]) -> None:
         self.question = question
-        self.mask: Tensor | None = None
-        self.state: tuple[int, bool] | None = None
+        self.mark: tuple[Any, ...] | None = None
 
     def __call__(self, mask: Tensor) -> bool:
         if mask.is_inference():  # such tensors do not say whether they were changed
             return bool(self.question(mask))
-        if self.mask is not mask or self.state is None or self.state[0] != mask._version:
-            self.mask, self.state = mask, (mask._version, bool(self.question(mask)))
-        return self.state[1]
+        mark = (mask.data_ptr(), mask.shape, mask.stride(), mask._version)
+        if self.mark != mark:
+            # the mask is kept, so that no other gets its memory
+            self.mask, self.mark, self.answer = mask, mark, bool(self.question(mask))
+        return self.answer
 
 
 def has_padding(mask: Tensor) -> Tensor:
@@ -218,6 +222,9 @@ def speed_up(stacks: dict[str, nn.Module], everywhere: bool) -> None:
             module.devices, module.one_projection = FUSED_ATTENTION, ONE_PROJECTION
             if everywhere:
                 module.devices = module.one_projection = EVERYWHERE
+            if getattr(getattr(stack, "cfg", None), "offload_activations", False):
+                # its masks come back as copies: what is computed again would not be served, and draw other dropout
+                module.devices = module.devices - {"cuda"}
             module.decoder = (stack,) if name == "decoder" else ()
             module.fact = padded if module.encoder_decoder_attention else right_padded
     if reasons:

@@ -95,8 +95,8 @@ class FusedAdam(Adam):
     """fairseq's Adam in one kernel, torch's fused AdamW; equal to rounding, with the same state.
 
     fairseq adds eps to sqrt(v) before the bias correction, torch after it: with eps / sqrt(1 - beta2^t) both are the
-    same. The kernel reads parameter, gradient and moments as they lie in memory, in one dtype: an update that it
-    cannot do is fairseq's own.
+    same. The kernel reads parameters and gradients as they lie in memory, in one dtype: an update that it cannot do is
+    fairseq's own.
     """
 
     @torch.no_grad()
@@ -141,7 +141,7 @@ class FusedAdam(Adam):
 def _suits(group: Dict[str, Any]) -> bool:
     params = [p for p in group["params"] if p.grad is not None]
     return (
-        not group["amsgrad"]
+        not group.get("amsgrad", False)  # apex writes none
         and {p.dtype for p in params} in (set(), {torch.float32}, {torch.float64})
         and not any(p.grad.is_sparse for p in params)
         and all(t.is_contiguous() for p in params for t in (p, p.grad))
@@ -149,13 +149,13 @@ def _suits(group: Dict[str, Any]) -> bool:
 
 
 def fuse(optimizer: FairseqOptimizer) -> None:
-    """Have an optimizer of fairseq's step by :class:`FusedAdam`, if it is ``--optimizer adam`` without apex.
+    """Have an optimizer of fairseq's step by :class:`FusedAdam`: ``--optimizer adam`` without apex or --use-old-adam.
 
     ``--memory-efficient-fp16`` and ``--memory-efficient-bf16`` keep fairseq's loop, which casts one tensor at a time.
     Where this torch has no such kernel for the device, says so in the log and leaves the optimizer as it is.
     """
     optimizer = getattr(optimizer, "fp32_optimizer", optimizer)  # inside --fp16, --bf16 and --amp
-    if type(optimizer) is not FairseqAdam or type(optimizer.optimizer) is not Adam:
+    if type(optimizer) is not FairseqAdam or type(optimizer.optimizer) is not Adam or optimizer.cfg.use_old_adam:
         return
     device = optimizer.param_groups[0]["params"][0].device
     trial = torch.nn.Parameter(torch.zeros(1, device=device))

@@ -116,14 +116,23 @@ def test_changed_padding_is_seen():
 
 
 def test_padding_is_asked_for_once_a_batch(pair, batch, monkeypatch):
-    """Each answer waits for the device."""
-    _, ours, _ = pair()
+    """Each answer waits for the device; also where backward computes again, from detached masks."""
     asked = []
-    for fact in {id(m.fact): m.fact for m in ours.modules() if isinstance(m, FastAttention)}.values():
-        question = fact.question
-        fact.question = lambda mask, question=question: asked.append(question.__name__) or question(mask)
-    ours.train()(**batch()["net_input"])
-    assert sorted(asked) == ["has_padding", "is_right_padded"]
+    for options in ((), ("--checkpoint-activations",)):
+        _, ours, _ = pair("measured", *options)
+        asked.clear()
+        for fact in {id(m.fact): m.fact for m in ours.modules() if isinstance(m, FastAttention)}.values():
+            question = fact.question
+            fact.question = lambda mask, question=question: asked.append(question.__name__) or question(mask)
+        ours.train()(**batch()["net_input"])[0].sum().backward()
+        assert sorted(asked) == ["has_padding", "is_right_padded"]
+
+
+def test_offloaded_activations_on_a_gpu_are_fairseqs(build):
+    for options, expected in (((), {"cpu", "cuda"}), (("--offload-activations",), {"cpu"})):
+        model, _, _ = build("transformer_admin", "--admin-fast", "all", *options)
+        devices = [module.devices for module in model.modules() if isinstance(module, FastAttention)]
+        assert devices and all(each == expected for each in devices)
 
 
 def attend(module, query, key=None, **kwargs):

@@ -124,7 +124,7 @@ def report(tmp_path, monkeypatch):
 
 def test_gpu_report(report, capsys):
     """The fastest batch, the largest, memory a token between the two largest, tokens a second beside stock."""
-    stock, admin, failed, checkpointed, *deep = table = report(pretend)
+    stock, admin, failed, checkpointed, _, *deep = table = report(pretend)
     assert [(row["method"], row["depth"]) for row in table] == [line[:2] for line in speed.PLAN]
     assert (stock["tokens_ratio"], admin["tokens_ratio"], failed["tokens_ratio"]) == pytest.approx((1, 2, 0.25))
     for row in (stock, admin, checkpointed):
@@ -137,6 +137,7 @@ def test_gpu_report(report, capsys):
     assert [("step_s" in row, row["ended_at"]) for row in deep] == [
         (False, "1024: out of memory"),
         (False, "1024: out of memory"),
+        (True, "2048: measuring failed (1): something else"),
         (True, "8192: out of memory"),
     ]
     assert "tokens_ratio" not in deep[-1]
