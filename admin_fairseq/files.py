@@ -1,10 +1,12 @@
-"""Files that appear whole or not at all, and tables as text for them."""
+"""Files that appear whole or not at all, and tables and results as text for them."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
 import io
+import json
+import math
 import os
 from typing import IO, Any, Iterable, Iterator, Sequence
 
@@ -39,6 +41,19 @@ def refuse_output(source: str, path: str) -> None:
         raise AdminError(f"{path} is the file to read; give another name to write to")
     if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
         raise AdminError(f"cannot write {path}: it must be a file in a folder that exists and can be written to")
+
+
+def json_text(data: Any) -> str:
+    """Data as JSON that other readers take too: a number that is not finite is null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(each) for key, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(data), indent=1, allow_nan=False) + "\n"
 
 
 def as_csv(rows: Sequence[dict[str, Any]], columns: Iterable[str] | None = None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import zipfile
 from typing import Dict, List, Union
@@ -11,6 +11,7 @@ import torch
 
 from admin_fairseq import checkpoint
 from admin_fairseq.errors import AdminError
+from admin_fairseq.files import json_text
 from admin_fairseq.profiling import STACKS, Profile, read_profile
 
 Row = Dict[str, Union[int, str, float]]
@@ -40,9 +41,10 @@ def show(path: str, as_json: bool = False) -> None:
     if not table:
         raise AdminError(f"{path} holds no omega: it is not of an Admin model")
     if as_json:
-        print(json.dumps(table, indent=1))
+        print(json_text(table), end="")
         return
-    longest = max(row["omega"] for rows in table.values() for row in rows)
+    finite = [row["omega"] for rows in table.values() for row in rows if math.isfinite(row["omega"])]
+    longest = max(finite, default=1.0)
     for stack, rows in table.items():
         columns = [column for column in HEADS if column in rows[0]]
         print(f"{stack}: {len(rows)} sub-layers")
@@ -52,7 +54,7 @@ def show(path: str, as_json: bool = False) -> None:
                 f"{row[column]:>12.{1 if column == 'share' else 3}{'%' if column == 'share' else 'f'}}"
                 for column in columns
             )
-            bar = "#" * max(round(30 * row["omega"] / longest), 0)
+            bar = "#" * max(round(30 * row["omega"] / longest), 0) if math.isfinite(row["omega"]) else ""
             print(f"  {row['layer']:>5}  {row['sub_layer']:12}{numbers}  {bar}")
 
 

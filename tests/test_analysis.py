@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import signal
@@ -17,7 +18,7 @@ from conftest import TINY
 from torch import nn
 
 from admin_fairseq import AdminError, cli
-from admin_fairseq.analysis import amplification, report
+from admin_fairseq.analysis import amplification, dependency, report
 from admin_fairseq.analysis.amplification import Case, by_noise, by_update, change, fits
 from admin_fairseq.analysis.dependency import _normalised, dependency_map, measure
 from admin_fairseq.analysis.figures import Page, write
@@ -133,6 +134,16 @@ def test_the_probe_sees_the_sum_of_every_sub_layer(build, batch, method):
         assert getattr(layer.final_layer_norm, "observer", None) is None
 
 
+def test_positions_are_spread_over_the_whole_batch(build, batch, monkeypatch):
+    kept = []
+    monkeypatch.setattr(dependency, "dependency_map", lambda seen, norm: kept.append(seen[0].x) or {})
+    model, sample = build("transformer_preln")[0], first_batch(batch, same_length=True)
+    for positions in (10**6, 7):
+        measure(model, sample, positions)
+    everything, few = kept[0], kept[2]
+    assert len(few) == 7 and torch.equal(few[0], everything[0]) and torch.equal(few[-1], everything[-1])
+
+
 def test_rows_sum_to_one_and_admin_at_omega_one_is_post_ln(build, batch):
     sample = first_batch(batch)
     post_ln = measure(build("transformer_postln")[0], sample, 16)
@@ -175,7 +186,7 @@ class Shift(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.shift = nn.Parameter(torch.randn(dim))
+        self.shift = nn.Parameter(3 * torch.randn(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.shift
@@ -204,11 +215,20 @@ def linear_case():
 
 
 def test_noise_on_a_linear_stack_adds_up():
-    """N layers that each add a vector of variance 1: noise of share s moves their sum by N s^2 a dimension."""
+    """N layers that each add a vector of variance 9: noise of share s moves their sum by N 9 s^2 a dimension.
+
+    Only the stack's own weights move: the other stack here comes after it.
+    """
     case = linear_case()
+    case.model.decoder = nn.Module()
+    case.model.decoder.layers = nn.ModuleList([Shift(20_000)])
+    case.model.decoder.layers[0].register_forward_pre_hook(lambda module, _: seen.append(module.shift.clone()))
+    case.model.register_forward_hook(lambda model, _, out: model.decoder.layers[0](out))
+    seen = []
     before = [weight.clone() for weight in case.model.parameters()]
     found = by_noise(case, 0.1, seed=3)
-    expected = [n * 0.1**2 * 20_000 for n in range(1, 21)]
+    assert len(seen) == 2 and torch.equal(*seen)
+    expected = [n * 9 * 0.1**2 * 20_000 for n in range(1, 21)]
     assert found == pytest.approx(expected, rel=0.08)
     assert fits(range(1, 21), found)["r2_linear"] > 0.995
     for weight, old in zip(case.model.parameters(), before):
@@ -220,6 +240,27 @@ def test_adams_first_update_moves_every_weight_by_the_learning_rate():
     found = [by_update(case, layers, 0.01) for layers in (1, 10)]
     assert found == pytest.approx([0.01**2 * 20_000, (10 * 0.01) ** 2 * 20_000], rel=1e-3)
     assert len(case.model.encoder.layers) == 20
+
+
+def test_the_share_counts_the_correlation_of_branch_and_shortcut():
+    """Var[f] / Var[x + f] of f = c x is c^2 / (1 + c)^2."""
+    x = torch.randn(7, 32)
+    shortcut, branch, total = SubLayer(
+        "encoder", 0, "ffn", nn.Identity(), False, lambda part: part, x, x / 2
+    ).variances()
+    assert (branch / total, branch / shortcut) == pytest.approx((0.25 / 2.25, 0.25))
+
+
+def test_a_random_stack_of_admin_is_profiled(monkeypatch):
+    args = Namespace(rest=["--cpu", "--encoder-embed-dim", "16"], sub_layers=12, ffn_init="fairseq")
+    model = amplification.random_case("transformer_admin", "encoder", 1, args).model
+    omegas = [layer.final_layer_norm.omega.mean().item() for layer in model.encoder.layers]
+    assert model.omega_source == "profiling" and omegas == sorted(omegas) and omegas[-1] > 1.3
+
+
+def test_too_little_to_fit():
+    for points in ([1.0, 2.0], [0.0, 0.0, 0.0]):
+        assert fits(range(1, len(points) + 1), points)["r2_linear"] is None
 
 
 def test_fits():
@@ -274,12 +315,17 @@ def test_commands(analyze, data, tmp_path, capsys):
     assert written == figures | tables
     measured = json.loads((tmp_path / "out" / "dependency.json").read_text())
     assert [model["method"] for model in measured["models"]] == ["preln", "admin"]
-    assert len(measured["models"][1]["stacks"]["decoder"]["beta2"]) == 6
+    decoder = measured["models"][1]["stacks"]["decoder"]
+    with open(tmp_path / "out" / "dependency.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if (row["method"], row["stack"]) == ("admin", "decoder")]
+    own = [decoder["beta2"][i][i + 1] ** 0.5 for i in range(6)]
+    assert [float(row["beta"]) for row in rows] == pytest.approx(own)
     amplified = json.loads((tmp_path / "out" / "amplification.json").read_text())
     for entry in (amplified["admin"], amplified["admin"]["decoder"]):
         assert {"r2_linear", "r2_log", "r2_log1p"} <= set(entry)
         assert entry["points"][-1][0] == 12
         assert all(value > 0 for _, value in entry["points"])
+        assert entry["points"][-1][1] == pytest.approx(sum(entry["deepest"]) / len(entry["deepest"]))
     assert "R2 a+bN" in capsys.readouterr().out
     page = Path(report.bind(str(tmp_path / "out"))).read_text()
     assert page.count("<img") == len(figures) and 'src="data:image/png;base64,' in page
@@ -308,7 +354,22 @@ def test_a_checkpoint_is_measured_before_and_after(analyze, data, tmp_path):
         (["dependency", "DATA", "--path", "nope.pt"], "no such file: nope.pt"),
         (["dependency", "DATA", "--positions", "0"], "--positions must be at least 1, not 0"),
         (["amplification", "--seeds", "0"], "--seeds must be at least 1"),
-        (["amplification", "--arch", "transformer_deepnorm", "--sub-layers", "6", *TINY[:4]], "depend on the depth"),
+        (
+            ["amplification", "--arch", "transformer_deepnorm", "--sub-layers", "6", *TINY[:4]],
+            "DeepNorm: its start dep",
+        ),
+        (["amplification", "--arch", "transformer_b2t", "--sub-layers", "6", *TINY[:4]], "B2T: its start depends"),
+        (
+            ["amplification", "--arch", "transformer_admin_logn", "--sub-layers", "6", *TINY[:4]],
+            "--admin-init logn: its",
+        ),
+        (
+            ["amplification", "--arch", "transformer_lm_admin"],
+            "transformer_lm_admin cannot read random words: give DATA",
+        ),
+        (["amplification", "--arch", "transformer_lm_admin", "--nope"], "unrecognized arguments: --nope"),
+        (["dependency", "DATA", "--arch", "lstm", "--max-tokens", "300", "--cpu"], "LSTMModel is no Transformer"),
+        (["dependency", "--path", "DATA"], "holds no checkpoint_last.pt .if it is DATA: that comes first"),
     ],
 )
 def test_bad_input(analyze, data, tmp_path, arguments, line):
@@ -344,6 +405,12 @@ def test_the_report_binds_what_this_run_wrote(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(f"admin_fairseq.analysis.{name}.run", analysis(name, report.ORDER))
     with pytest.raises(AdminError, match="no dependency < here"):
         report.run(Namespace(out=str(tmp_path), rest=["data"]))
+    monkeypatch.setattr("admin_fairseq.analysis.dependency.run", analysis("dependency", ()))
+    monkeypatch.setattr("admin_fairseq.analysis.gradients.run", lambda args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # what the others measured is bound before
+        report.run(Namespace(out=str(tmp_path), rest=["data"]))
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("of this run") == 1 and "it failed, ZeroDivisionError" in page
 
 
 def test_output_that_cannot_be_written(analyze, data, tmp_path, monkeypatch):

@@ -51,6 +51,17 @@ def test_show_checkpoint(profile_file, capsys):
     assert row == {"layer": 1, "sub_layer": "final", "omega": 1, "std": 0}
 
 
+def test_show_a_diverged_checkpoint(tmp_path, capsys):
+    path = str(tmp_path / "c.pt")
+    omegas = {"encoder.layers.0.self_attn_layer_norm.omega": torch.tensor([float("nan")])}
+    torch.save({"model": {**omegas, "encoder.layers.0.final_layer_norm.omega": torch.ones(1)}}, path)
+    show(path)
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert "nan" in first and first.count("#") == 0 and second.count("#") == 30
+    show(path, as_json=True)
+    assert json.loads(capsys.readouterr().out)["encoder"][0]["omega"] is None
+
+
 @pytest.mark.parametrize("name", ["nope.json", "nope.pt", "garbage.pt", "garbage.json", "empty.json"])
 def test_show_bad_file(tmp_path, name):
     if name.startswith("garbage"):

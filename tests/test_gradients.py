@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+import torch
 from conftest import TINY, TRAIN, checkpoint
 from test_options import train_here
 
@@ -159,6 +160,31 @@ def test_omega_through_a_run(data, tmp_path, capsys):
     # the profile's from the rule, with dropout; the first checkpoint's measured on the same batch, without
     assert shares[1] == pytest.approx(shares[0], abs=0.05)
     assert "update 2" in capsys.readouterr().out
+
+
+def test_omega_of_files_that_are_named_and_of_other_stacks(tmp_path):
+    """No file that is named is left out, and a model without an encoder leaves that of others alone."""
+    omegas = {f"{name}.layers.0.final_layer_norm.omega": torch.ones(2) for name in ("decoder", "encoder")}
+    decoder_only = {key: value for key, value in omegas.items() if key.startswith("decoder")}
+    history = [{"num_updates": 7}]
+    files = {"a_lm/checkpoint_last.pt": decoder_only, "run/folded.pt": omegas, "run/average.pt": omegas}
+    for name, weights in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        torch.save({"model": weights, "optimizer_history": history}, tmp_path / name)
+    for order in (list(files), list(files)[::-1]):
+        paths = [str(tmp_path / name) for name in order]
+        main(["analyze", "omega", "--cpu", "--out", str(tmp_path / "out"), "--path", *paths])
+        records = json.loads((tmp_path / "out/omega.json").read_text())["records"]
+        labels = [f"{tmp_path}/a_lm, update 7", *(f"{tmp_path}/run, {n}.pt, update 7" for n in ("average", "folded"))]
+        assert [record["label"] for record in records] == labels
+        assert ["encoder" in record for record in records] == [False, True, True]
+
+
+def test_gradients_that_are_all_zero(data, tmp_path):
+    """ReZero's, before its first update."""
+    options = [*TINY, *OPTIONS, "--updates", "1", "--optimizers", "sgd", "--arch", "transformer_rezero"]
+    main(["analyze", "gradients", str(data), "--out", str(tmp_path), *options])
+    json.loads((tmp_path / "gradients.json").read_text(), parse_constant=lambda name: pytest.fail(name))
 
 
 def test_omega_needs_omega(data, tmp_path):

@@ -57,6 +57,13 @@ def test_spread_over_batches_and_seeds(command, capsys):
     assert "omega less than another seed" in printed or "pool more" in printed
 
 
+def test_fewer_batches_than_asked_for(command, capsys, tmp_path):
+    command("--max-tokens", "150", "--batches", "1000")
+    assert "batches, of 1000 asked for" in capsys.readouterr().err
+    with pytest.raises(AdminError, match=r"[1-3] batches show no spread"):
+        command("--max-tokens", "4000", "--batch-size", "1000", "--batches", "1000")
+
+
 def test_spread_is_the_standard_deviation_over_the_mean():
     drawn = torch.tensor([[1.0, 2.0, 4.0], [1.0, 4.0, 4.0]])  # 0, then sqrt(2) / 3, then 0
     one = spread._spread("seeds", 1, [Profile(encoder=[], decoder=row) for row in drawn.tolist()])

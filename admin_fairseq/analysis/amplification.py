@@ -30,10 +30,19 @@ from tqdm import tqdm
 
 from admin_fairseq.analysis.figures import MARKERS, Page, pyplot, style, write
 from admin_fairseq.analysis.probe import norms_of
-from admin_fairseq.analysis.subject import DEFAULT_ARCHS, configure, method_name, parse, subjects, use_xavier
-from admin_fairseq.errors import AdminError
+from admin_fairseq.analysis.subject import (
+    DEFAULT_ARCHS,
+    check_layers,
+    configure,
+    has_data,
+    method_name,
+    parse,
+    subjects,
+    use_xavier,
+)
+from admin_fairseq.errors import DATA_HINT, AdminError
 from admin_fairseq.layers import stacks
-from admin_fairseq.methods import DeepNorm
+from admin_fairseq.methods import BottomToTop, DeepNorm
 from admin_fairseq.model import AdminModel
 from admin_fairseq.profiling import Sample, profile
 
@@ -123,8 +132,13 @@ def _kept(module: nn.Module) -> Iterator[list[nn.Parameter]]:
 
 
 def fits(depths: Sequence[int], changes: Sequence[float]) -> dict[str, Any]:
-    """Least squares: a + b N, a + b log N, a log(1 + c N), with R^2 (1 - residual / total sum of squares) of each."""
+    """Least squares: a + b N, a + b log N, a log(1 + c N), with R^2 (1 - residual / total sum of squares) of each.
+
+    None where two parameters fit everything: fewer than three points, or no variation.
+    """
     n, y = np.array(depths, dtype=float), np.array(changes)
+    if len(y) < 3 or not y.var() > 0:
+        return {"r2_linear": None, "r2_log": None, "r2_log1p": None, "fits": {}}
 
     def solve(columns: list[np.ndarray]) -> tuple[list[float], float]:
         matrix = np.stack(columns, axis=1)
@@ -149,7 +163,11 @@ def random_case(arch: str, stack: str, seed: int, args: argparse.Namespace) -> C
     """
     other = "decoder" if stack == "encoder" else "encoder"
     depth = [f"--{stack}-layers", str(args.sub_layers // PER_LAYER[stack]), f"--{other}-layers", "1"]
-    options = parse(arch, ["no-data", "--share-all-embeddings", *args.rest, *depth])
+    parse(arch, ["no-data", *args.rest])  # the user's own mistakes first
+    try:
+        options = parse(arch, ["no-data", "--share-all-embeddings", *args.rest, *depth])
+    except AdminError as error:
+        raise AdminError(f"--arch {arch} cannot read random words: give DATA, in front ({DATA_HINT})") from error
     seed += options.seed - 1  # stacks are numbered from the user's --seed, by default 1
     cfg = configure(argparse.Namespace(**{**vars(options), "seed": seed}))
     words = Dictionary()
@@ -158,6 +176,7 @@ def random_case(arch: str, stack: str, seed: int, args: argparse.Namespace) -> C
     utils.set_torch_seed(seed)
     task = TranslationTask(cfg.task, words, words)
     model = task.build_model(cfg.model)
+    check_layers(model)
     if args.ffn_init == "xavier":
         use_xavier(model)
     device = "cuda" if torch.cuda.is_available() and not cfg.common.cpu else "cpu"
@@ -172,14 +191,27 @@ def random_case(arch: str, stack: str, seed: int, args: argparse.Namespace) -> C
     return Case(method_name(arch), stack, model.eval(), task.build_criterion(cfg.criterion), batch)
 
 
-def has_data(args: argparse.Namespace) -> bool:
+def is_given(args: argparse.Namespace) -> bool:
     """Whether the command line names models or data of its own; without, deep stacks read random words."""
-    return bool(args.path) or (bool(args.rest) and not args.rest[0].startswith("-"))
+    return bool(args.path) or has_data(args.rest)
+
+
+def check_depth(model: nn.Module) -> None:
+    """Raises:
+    AdminError: the model's start depends on its depth, so the first layers of a deep stack are not a shallow one.
+    """
+    first = next(iter(stacks(model).values())).layers[0]
+    names = {"DeepNorm": isinstance(first, DeepNorm), "B2T": isinstance(first, BottomToTop)}
+    for init in ("logn", "sqrt"):
+        names[f"--admin-init {init}"] = isinstance(model, AdminModel) and model.admin_init == init
+    for name, is_it in names.items():
+        if is_it:
+            raise AdminError(f"{name}: its start depends on the depth, a deep stack's first layers are no shallow one")
 
 
 def cases(args: argparse.Namespace) -> Iterator[tuple[Case, list[int]]]:
     """What to measure, each with the seeds of its noise: of one model many, of each random stack a few."""
-    if has_data(args):
+    if is_given(args):
         seeds = list(range(1, DRAWS * args.seeds + 1))
         for subject in subjects(args.path, args.arch, args.rest, ffn_init=args.ffn_init):
             name = subject.label if args.path else subject.method
@@ -205,13 +237,10 @@ def run(args: argparse.Namespace) -> None:
     noise: dict[tuple[str, str], list[list[float]]] = {}
     updates: dict[tuple[str, str], dict[int, float]] = {}
     archs = args.arch or DEFAULT_ARCHS
-    total = None if has_data(args) else len(archs) * len(PER_LAYER) * args.seeds
+    total = None if is_given(args) else len(archs) * len(PER_LAYER) * args.seeds
     sizes: dict[str, dict[str, int]] = {}
     for case, seeds in tqdm(cases(args), desc="amplification", unit="stack", total=total, delay=3):
-        if isinstance(next(case.module.layers.children()), DeepNorm):
-            raise AdminError(
-                "DeepNorm's constants depend on the depth: a stack's first layers are not a DeepNorm stack"
-            )
+        check_depth(case.model)
         key = (case.name, case.stack)
         noise.setdefault(key, []).extend(by_noise(case, args.noise, seed) for seed in seeds)
         if key not in updates:
@@ -220,7 +249,7 @@ def run(args: argparse.Namespace) -> None:
             updates[key] = {n * per_layer: by_update(case, n, LR) for n in _few(deepest)}
         sizes[case.stack] = {"width": case.module.layers[0].embed_dim, "positions": _positions(case)}
     settings = {"noise": args.noise, "lr": LR, "seeds": args.seeds, "draws": DRAWS, "ffn_init": args.ffn_init}
-    data = {"settings": {**settings, "stacks": sizes}}
+    data = {"settings": {**settings, "stacks": sizes, "random_words": not is_given(args)}}
     for (name, stack), runs in noise.items():
         per_layer = min(updates[name, stack])
         points = [[n * per_layer, float(np.mean([r[n - 1] for r in runs]))] for n in range(1, len(runs[0]) + 1)]
@@ -267,7 +296,7 @@ def _table(data: dict[str, Any]) -> list[list[str]]:
     rows = [["method", "stack", "N", "change", "R2 a+bN", "R2 a+b log N", "R2 a log(1+cN)"]]
     for name, stack, entry in _entries(data):
         n, value = entry["points"][-1]
-        r2 = [f"{entry[key]:.3f}" for key in ("r2_linear", "r2_log", "r2_log1p")]
+        r2 = [f"{entry[key]:.3f}" if entry[key] is not None else "" for key in ("r2_linear", "r2_log", "r2_log1p")]
         rows.append([name, stack, str(n), f"{value:.3g}", *r2])
     return rows
 
@@ -286,9 +315,11 @@ def page(data: dict[str, Any]) -> Page:
         f"The last figure shows the same after one real update by Adam at learning rate {settings['lr']:g}, from the"
         " loss of this batch. Adam's first update moves every weight that has a gradient by the learning rate.",
     ]
-    last = {name: entry["points"][-1][1] for name, stack, entry in _entries(data) if _is_the_authors(stack, entry)}
+    last = {name: entry["points"][-1][1] for name, stack, entry in _entries(data) if stack == "encoder"}
     tables = [("Fits, under noise", _table(data))]
-    if {"postln", "preln", "admin"} <= set(last):
+    deepest = {entry["points"][-1][0] for _, stack, entry in _entries(data) if stack == "encoder"}
+    is_theirs = settings["random_words"] and settings["noise"] == 0.02 and deepest == {200}
+    if is_theirs and settings["stacks"]["encoder"]["width"] == 512 and {"postln", "preln", "admin"} <= set(last):
         rows = [["encoder, N = 200", "authors' figure (sum)", "ours (a position)", "positions for their sum"]]
         middle = {"postln": 2175, "preln": 165, "admin": 155}
         rows += [[n, AUTHORS[n], f"{last[n]:.3g}", f"{middle[n] / last[n]:.0f}"] for n in middle]
@@ -308,11 +339,6 @@ def page(data: dict[str, Any]) -> Page:
         ),
     ]
     return Page("Amplification", text, figures, tables)
-
-
-def _is_the_authors(stack: str, entry: dict[str, Any]) -> bool:
-    """Whether a stack is of the depth at which the authors' figure was read."""
-    return stack == "encoder" and entry["points"][-1][0] == 200
 
 
 def _figure(data: dict[str, Any], points: Any) -> Any:

@@ -59,9 +59,9 @@ def measure(model: nn.Module, sample: Any, positions: int) -> dict[str, dict[str
         stack["share"].append(branch / total)
         stack["branch"].append(branch)
         stack["sum"].append(total)
-        step = max(len(sub_layer.x) // positions, 1)
-        sub_layer.x = sub_layer.x[::step][:positions].clone()
-        sub_layer.branch = sub_layer.branch[::step][:positions].clone()
+        count = len(sub_layer.x)
+        chosen = torch.linspace(0, count - 1, min(count, positions), device=sub_layer.x.device).long()
+        sub_layer.x, sub_layer.branch = sub_layer.x[chosen], sub_layer.branch[chosen]
         seen.setdefault(sub_layer.stack, []).append(sub_layer)
 
     observe(model, sample, collect)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 from dataclasses import dataclass, field
 from typing import Any, Sequence
 
 from admin_fairseq.errors import AdminError
-from admin_fairseq.files import as_csv, writing
+from admin_fairseq.files import as_csv, json_text, writing
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")  # Okabe-Ito, without yellow
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))  # lines that share a colour differ in dashes
@@ -86,7 +85,8 @@ def write(
     _write(out, f"{name}.csv", as_csv(rows).encode())
     tables = [{"caption": caption, "rows": cells} for caption, cells in page.tables]
     words = {"title": page.title, "text": page.text, "figures": figures, "tables": tables}
-    _write(out, f"{name}.json", (json.dumps({**data, "page": words}, indent=1) + "\n").encode())
+    _write(out, f"{name}.json", json_text({**data, "page": words}).encode())
+    print(f"{out}: {', '.join([f'{name}.json', f'{name}.csv', *(figure['file'] for figure in figures)])}")
 
 
 def make_folder(out: str) -> None:

@@ -248,10 +248,10 @@ def _decades(records: list[dict[str, Any]]) -> list[list[str]]:
     rows = [["model", "optimizer", "gradient", "update"]]
     for record in records:
         logs = [torch.tensor([m[what] for m in record["matrices"]]).log10() for what in ("gradient", "update")]
-        ranges = [(each[each.isfinite()].quantile(0.95) - each[each.isfinite()].quantile(0.05)).item() for each in logs]
-        rows.append(
-            [f"{record['method']}, {_moment(record)}", record["optimizer"], *(f"{each:.2f}" for each in ranges)]
-        )
+        cells = []
+        for each in (log[log.isfinite()] for log in logs):  # ReZero's first gradients are 0, but for its scalars
+            cells.append(f"{each.quantile(0.95) - each.quantile(0.05):.2f}" if len(each) else "")
+        rows.append([f"{record['method']}, {_moment(record)}", record["optimizer"], *cells])
     return rows
 
 

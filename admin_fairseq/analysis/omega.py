@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 from argparse import Namespace
+from collections import Counter
 from typing import Any, Sequence
 
 from torch import Tensor
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from admin_fairseq import checkpoint, show
 from admin_fairseq.analysis.figures import GREY, Page, pyplot, write
 from admin_fairseq.analysis.probe import SubLayer, observe
-from admin_fairseq.analysis.subject import configure, merged, start, subjects
+from admin_fairseq.analysis.subject import configure, has_data, merged, start, subjects
 from admin_fairseq.errors import AdminError
 from admin_fairseq.model import AdminModel
 from admin_fairseq.profiling import STACKS, Profile, Sample, read_profile
@@ -59,31 +60,30 @@ def _at_initialisation(args: Namespace) -> list[dict[str, Any]]:
 
 def _through_training(args: Namespace) -> list[dict[str, Any]]:
     """Of each run's folder the profile and each checkpoint, by update; with DATA the checkpoints' shares too."""
-    records: dict[tuple[str, int], dict[str, Any]] = {}
-    paths = [path for given in args.path for path in _checkpoints(given)]
-    for path in tqdm(paths, "checkpoints", delay=3):
-        state, folder = checkpoint.load(path), os.path.dirname(path)
+    records: dict[tuple[str, int, str], dict[str, Any]] = {}  # by folder, update and, where one was named, file
+    paths = [(path, os.path.isdir(given)) for given in args.path for path in _checkpoints(given)]
+    for path, is_listed in tqdm(paths, "checkpoints", delay=3):
+        state, (folder, file) = checkpoint.load(path), os.path.split(path)
         omegas = of_weights(state["model"])
         update = (state.get("optimizer_history") or [{}])[-1].get("num_updates", 0)
-        if not omegas or (folder, update) in records:  # checkpoint_last is one of the others
+        key = (folder, update, "" if is_listed else file)
+        if not omegas or key in records:  # checkpoint_last is one of the others
             continue
         first = os.path.join(folder, "admin_profile.json")
-        if (folder, 0) not in records and os.path.exists(first):
-            records[folder, 0] = of_profile(read_profile(first))
+        if (folder, 0, "") not in records and os.path.exists(first):
+            records[folder, 0, ""] = of_profile(read_profile(first))
         shares: dict[str, list[float]] = {}
-        if args.rest:
+        if has_data(args.rest):
             trainer, samples = start(configure(merged(checkpoint.settings(state), args.rest)), state)
             shares = measure(trainer.get_model(), samples[0])
-        records[folder, update] = _with(omegas, shares)
-    prefixes = {folder: "" if len({f for f, _ in records}) == 1 else f"{folder}, " for folder, _ in records}
-    return [
-        {
-            "label": f"{prefixes[folder]}{f'update {update}' if update else 'at initialisation'}",
-            "update": update,
-            **record,
-        }
-        for (folder, update), record in sorted(records.items(), key=lambda item: item[0])
-    ]
+        records[key] = _with(omegas, shares)
+    several = len({folder for folder, *_ in records}) > 1
+    times = Counter(key[:2] for key in records)
+    labels = {}
+    for folder, update, file in records:
+        parts = [*([folder] if several else []), *([file] if times[folder, update] > 1 and file else [])]
+        labels[folder, update, file] = ", ".join([*parts, f"update {update}" if update else "at initialisation"])
+    return [{"label": labels[key], "update": key[1], **record} for key, record in sorted(records.items())]
 
 
 def _checkpoints(path: str) -> list[str]:
@@ -94,7 +94,7 @@ def _checkpoints(path: str) -> list[str]:
     """
     if not os.path.isdir(path):
         return [path]
-    names = sorted(name for name in os.listdir(path) if re.fullmatch(r"checkpoint\w*\.pt", name))
+    names = sorted(name for name in os.listdir(path) if re.fullmatch(r"checkpoint.*\.pt", name))
     if not names:
         raise AdminError(f"{path} holds no checkpoint*.pt")
     return [os.path.join(path, name) for name in names]
@@ -140,15 +140,16 @@ def _with(omegas: dict[str, Any], shares: dict[str, list[float]]) -> dict[str, A
 
 
 def _report(args: Namespace, records: list[dict[str, Any]]) -> None:
-    names = [stack for stack in STACKS if stack in records[0]]
+    names = [stack for stack in STACKS if any(stack in record for record in records)]
     table = [
         ["", *(f"{stack} {what}" for stack in names for what in ("omega, first to last", "mean share of branches"))]
     ]
     for record in records:
         row = [record["label"]]
         for stack in names:
-            mean, share = record[stack]["mean"], record[stack].get("share")
-            row += [f"{mean[0]:.3f} to {mean[-1]:.3f}", f"{sum(share) / len(share):.3f}" if share else ""]
+            mean, share = record.get(stack, {}).get("mean"), record.get(stack, {}).get("share")
+            row += [f"{mean[0]:.3f} to {mean[-1]:.3f}" if mean else ""]
+            row += [f"{sum(share) / len(share):.3f}" if share else ""]
         table.append(row)
     for row in table:
         print("  ".join(f"{cell:<28}" for cell in row).rstrip())
@@ -156,22 +157,21 @@ def _report(args: Namespace, records: list[dict[str, Any]]) -> None:
         "omega by sub-layer: its mean over dimensions and, once trained, its standard deviation over them. The share of"
         " a sub-layer's branch is Var[f] / (Var[omega x] + Var[f]): how much of what the sub-layer passes on is new. At"
         " omega 1 it is that of Post-LN."
-        + (" Give DATA, as to fairseq-train, for the shares of checkpoints." if not args.rest else "")
+        + (" Give DATA, as to fairseq-train, for the shares of checkpoints." if not has_data(args.rest) else "")
     ]
     page = Page("omega", text, [("", _figure(records, names), FIGURE)], [("omega", table)])
     rows = []
     for record in records:
-        for stack in names:
+        for stack in (stack for stack in names if stack in record):
             for number in range(len(record[stack]["mean"])):
                 row = {"label": record["label"], "update": record["update"], "stack": stack, "sub_layer": number + 1}
                 rows.append({**row, **{key: values[number] for key, values in record[stack].items()}})
     write(args.out, "omega", {"records": records}, rows, page, args.format)
-    print(f"{args.out}: omega.json, omega.csv, omega.{args.format}")
 
 
 def _figure(records: Sequence[dict[str, Any]], names: Sequence[str]) -> Any:
     """A row each for omega, its spread and the share; a column a stack; a line a record, later ones lighter."""
-    keys = [key for key in KEYS if any(any(each) for r in records for each in [r[names[0]].get(key, [])])]
+    keys = [key for key in KEYS if any(any(r.get(stack, {}).get(key, [])) for r in records for stack in names)]
     size = (3.6 * len(names) + 0.4, 2.1 * len(keys) + 0.4)
     figure, panels = pyplot().subplots(len(keys), len(names), figsize=size, sharex="col", sharey="row", squeeze=False)
     count = min(LINES, len(records))
@@ -181,7 +181,7 @@ def _figure(records: Sequence[dict[str, Any]], names: Sequence[str]) -> Any:
         for column, stack in enumerate(names):
             axes = panels[row][column]
             for number, record in enumerate(chosen):
-                values = record[stack].get(key)
+                values = record.get(stack, {}).get(key)
                 if values:
                     look = {"color": colours(0.85 * number / max(count - 1, 1)), "marker": "osv^DP"[number]}
                     axes.plot(range(1, len(values) + 1), values, label=record["label"], markersize=2.5, **look)

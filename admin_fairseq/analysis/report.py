@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from admin_fairseq.analysis.figures import make_folder
+from admin_fairseq.analysis.subject import has_data
 from admin_fairseq.errors import DATA_HINT, AdminError
 from admin_fairseq.files import writing
 
@@ -31,23 +32,28 @@ th, td { text-align: left; padding: 0.2rem 1rem 0.2rem 0; border-bottom: 1px sol
 def run(args: argparse.Namespace) -> None:
     """``admin-fairseq analyze report``: run each analysis into DIR, then bind what they wrote.
 
-    An analysis that refuses these models has its reason on the page.
+    An analysis that refuses these models, or fails, has its reason on the page.
 
     Raises:
         AdminError: DATA is missing, or all of them refuse.
     """
-    if not args.rest or args.rest[0].startswith("-"):
+    if not has_data(args.rest):
         raise AdminError(f"give DATA, as the first argument ({DATA_HINT})")
-    refused = {}
+    refused: dict[str, str] = {}
+    failure: Exception | None = None
     for name in ORDER:
         try:
             importlib.import_module(f"admin_fairseq.analysis.{name}").run(args)
         except AdminError as error:
             refused[name] = str(error)
             print(f"{name}: {error}", file=sys.stderr)
-    if len(refused) == len(ORDER):
+        except Exception as error:  # what the others measured shall not be lost
+            refused[name], failure = f"it failed, {type(error).__name__}: {error}", error
+    if len(refused) == len(ORDER) and failure is None:
         raise AdminError(refused[ORDER[0]])
     print(f"{bind(args.out, refused)}: open it in a browser")
+    if failure is not None:
+        raise failure
 
 
 def bind(folder: str, refused: dict[str, str] | None = None) -> str:

@@ -9,6 +9,7 @@ initialisation (batches and masks the same).
 from __future__ import annotations
 
 import os
+import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any, Sequence
@@ -52,6 +53,10 @@ def run(args: Namespace) -> None:
     make_folder(args.out)
     pooled = trainer.get_model().admin_profile_batches or 1
     samples = hooks.first_samples(trainer, max(args.batches, pooled))
+    if len(samples) < args.batches:
+        print(f"DATA has {len(samples)} batches, of {args.batches} asked for", file=sys.stderr)
+        if len(samples) < DRAWS:
+            raise AdminError(f"{len(samples)} batches show no spread: have smaller ones (--max-tokens)")
     first = samples[:pooled]
     sizes = [size for size in (2**n for n in range(20)) if args.batches >= DRAWS and len(samples) // size >= DRAWS]
     passes = len(first) * args.seeds + sum(len(samples) // size * size for size in sizes)
@@ -138,7 +143,6 @@ def _report(args: Namespace, spreads: list[Spread], found: Profile) -> None:
         [(f"Spread of omega, {args.arch}", rows)],
     )
     write(args.out, "spread", data, table, page, args.format)
-    print(f"{args.out}: spread.{args.format}, spread.csv, spread.json")
 
 
 def _answer(spreads: list[Spread]) -> str:

@@ -19,12 +19,26 @@ from torch import nn
 
 from admin_fairseq import checkpoint, hooks
 from admin_fairseq.errors import DATA_HINT, AdminError
+from admin_fairseq.layers import stacks
 from admin_fairseq.model import AdminModel
 from admin_fairseq.profiling import Sample
 from admin_fairseq.verify import build
 
 DEFAULT_ARCHS = ("transformer_postln", "transformer_preln", "transformer_admin")
 BEFORE, AFTER = "at initialisation", "after training"
+
+
+def has_data(rest: Sequence[str]) -> bool:
+    """Whether DATA stands among what goes to fairseq-train, in front."""
+    return bool(rest) and not rest[0].startswith("-")
+
+
+def check_layers(model: nn.Module) -> None:
+    """Raises:
+    AdminError: the model is no Transformer.
+    """
+    if not all(hasattr(stack, "layers") for stack in stacks(model).values()):
+        raise AdminError(f"{type(model).__name__} is no Transformer: it has no stack of layers to analyse")
 
 
 @dataclass
@@ -106,6 +120,7 @@ def build_trainer(cfg: Any, state: dict[str, Any] | None = None, ffn_init: str |
     np.random.seed(cfg.common.seed)
     utils.set_torch_seed(cfg.common.seed)
     model = task.build_model(cfg.model) if state is None else build(state, task)
+    check_layers(model)
     for module in model.modules():
         module.can_use_fastpath = False  # fairseq 0.12.2's own, which calls no residual_connection
     if state is None and ffn_init == "xavier":
@@ -131,6 +146,9 @@ def subjects(
     """
     if paths:
         files = {path: os.path.join(path, "checkpoint_last.pt") if os.path.isdir(path) else path for path in paths}
+        for path, file in files.items():
+            if path != file and not os.path.exists(file):
+                raise AdminError(f"{path} holds no checkpoint_last.pt (if it is DATA: that comes first, before --path)")
         states = {path: checkpoint.load(file) for path, file in files.items()}
         settings = {path: checkpoint.settings(state) for path, state in states.items()}
         names = [args.arch for args in settings.values()]
