@@ -35,7 +35,9 @@ class Fact:
 
     def __init__(self, question: Callable[[Tensor], Tensor]) -> None:
         self.question = question
+        self.mask: Tensor | None = None
         self.mark: tuple[Any, ...] | None = None
+        self.answer = False
 
     def __call__(self, mask: Tensor) -> bool:
         if mask.is_inference():  # such tensors do not say whether they were changed

@@ -201,12 +201,11 @@ def check_depth(model: nn.Module) -> None:
     AdminError: the model's start depends on its depth, so the first layers of a deep stack are not a shallow one.
     """
     first = next(iter(stacks(model).values())).layers[0]
-    names = {"DeepNorm": isinstance(first, DeepNorm), "B2T": isinstance(first, BottomToTop)}
-    for init in ("logn", "sqrt"):
-        names[f"--admin-init {init}"] = isinstance(model, AdminModel) and model.admin_init == init
-    for name, is_it in names.items():
-        if is_it:
-            raise AdminError(f"{name}: its start depends on the depth, a deep stack's first layers are no shallow one")
+    name = "DeepNorm" if isinstance(first, DeepNorm) else "B2T" if isinstance(first, BottomToTop) else ""
+    if isinstance(model, AdminModel) and model.admin_init in ("logn", "sqrt"):
+        name = f"--admin-init {model.admin_init}"
+    if name:
+        raise AdminError(f"{name}: its start depends on the depth, a deep stack's first layers are no shallow one")
 
 
 def cases(args: argparse.Namespace) -> Iterator[tuple[Case, list[int]]]:
