@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from admin_fairseq.errors import AdminError
-from admin_fairseq.files import writing
+from admin_fairseq.files import json_text, writing
 from admin_fairseq.model import AdminModel, set_omega, sub_layers
 from admin_fairseq.norm import OmegaLayerNorm
 
@@ -109,9 +109,8 @@ class Profile:
         Raises:
             AdminError: it cannot be written.
         """
-        text = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
         with writing(path, f"the profile {path}") as out:
-            out.write(f"{text}\n".encode())
+            out.write(json_text({"version": VERSION, **asdict(self)}).encode())
 
 
 def read_profile(path: str, encoder_sub_layers: int | None = None, decoder_sub_layers: int | None = None) -> Profile:

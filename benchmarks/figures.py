@@ -34,6 +34,7 @@ def panels(
     for axis, title in zip(axes[0], titles):
         axis.set(title=title, xlabel=xlabel, yscale="log", ylim=(low, top))
         ends: list[Any] = []
+        any_lost = False
         for i, method in enumerate(methods):
             xs, ys = lines.get((title, method), ((), ()))
             look = style(i)
@@ -44,7 +45,9 @@ def panels(
             lost = [x for x, y in zip(xs, ys) if ticks and not math.isfinite(y)]
             if lost:
                 axis.plot(lost, [0.97] * len(lost), "x", color=look["color"], transform=axis.get_xaxis_transform())
-                axis.text(0.02, 0.97, "x  not finite", fontsize=8, va="center", transform=axis.transAxes)
+                any_lost = True
+        if any_lost:
+            axis.text(0.02, 0.97, "x  not finite", fontsize=8, va="center", transform=axis.transAxes)
         if ticks:
             axis.set(xscale="log", xticks=ticks)
             axis.set_xticklabels(_with_room(ticks))

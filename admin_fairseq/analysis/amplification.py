@@ -163,10 +163,10 @@ def random_case(arch: str, stack: str, seed: int, args: argparse.Namespace) -> C
     """
     other = "decoder" if stack == "encoder" else "encoder"
     depth = [f"--{stack}-layers", str(args.sub_layers // PER_LAYER[stack]), f"--{other}-layers", "1"]
-    parse(arch, ["no-data", *args.rest])  # the user's own mistakes first
     try:
         options = parse(arch, ["no-data", "--share-all-embeddings", *args.rest, *depth])
     except AdminError as error:
+        parse(arch, ["no-data", *args.rest])  # fails if the mistake is the user's own
         raise AdminError(f"--arch {arch} cannot read random words: give DATA, in front ({DATA_HINT})") from error
     seed += options.seed - 1  # stacks are numbered from the user's --seed, by default 1
     cfg = configure(argparse.Namespace(**{**vars(options), "seed": seed}))
@@ -314,10 +314,10 @@ def page(data: dict[str, Any]) -> Page:
         f"The last figure shows the same after one real update by Adam at learning rate {settings['lr']:g}, from the"
         " loss of this batch. Adam's first update moves every weight that has a gradient by the learning rate.",
     ]
-    last = {name: entry["points"][-1][1] for name, stack, entry in _entries(data) if stack == "encoder"}
+    ends = {name: entry["points"][-1] for name, stack, entry in _entries(data) if stack == "encoder"}
+    last = {name: change for name, (_, change) in ends.items()}
     tables = [("Fits, under noise", _table(data))]
-    deepest = {entry["points"][-1][0] for _, stack, entry in _entries(data) if stack == "encoder"}
-    is_theirs = settings["random_words"] and settings["noise"] == 0.02 and deepest == {200}
+    is_theirs = settings["random_words"] and settings["noise"] == 0.02 and {n for n, _ in ends.values()} == {200}
     if is_theirs and settings["stacks"]["encoder"]["width"] == 512 and {"postln", "preln", "admin"} <= set(last):
         rows = [["encoder, N = 200", "authors' figure (sum)", "ours (a position)", "positions for their sum"]]
         middle = {"postln": 2175, "preln": 165, "admin": 155}
