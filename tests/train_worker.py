@@ -38,3 +38,5 @@ Trainer.train_step = recording_train_step
 
 if __name__ == "__main__":
     cli_main()
+    if torch.distributed.is_initialized():  # fairseq leaves gloo's threads running; on a busy machine that can abort
+        torch.distributed.destroy_process_group()
