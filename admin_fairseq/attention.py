@@ -15,6 +15,7 @@ from fairseq.models.transformer import TransformerDecoderBase
 from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
+from admin_fairseq.beams import BeamAttention, RepeatsOutput
 from admin_fairseq.layers import mixed
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ EVERYWHERE = frozenset({"cpu", "cuda"})  # --admin-fast all
 # --admin-fast measured: the kinds of device on which each was measured to help
 FUSED_ATTENTION = frozenset({"cpu"})
 ONE_PROJECTION: frozenset[str] = frozenset()
+ONE_A_BEAM = frozenset({"cpu"})
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -59,14 +61,14 @@ def is_right_padded(mask: Tensor) -> Tensor:
     return ~(mask[:, :-1] & ~mask[:, 1:]).any()
 
 
-class FastAttention(MultiheadAttention):
+class FastAttention(BeamAttention):
     """fairseq's attention by ``scaled_dot_product_attention``: no weights are kept, and no mask a head.
 
     It serves full sequences, in training and evaluation. fairseq's own ``forward`` serves the rest: steps of
-    incremental decoding, wanted attention weights, pruned heads, quantised or hooked projections, xFormers,
-    ``add_bias_kv`` and ``add_zero_attn``, masks other than the decoder's own causal one, and, on a CPU, attention
-    dropout (which has no fused kernel there). On a GPU attention dropout has the same distribution, but not the same
-    random numbers.
+    incremental decoding (with the keys of :mod:`admin_fairseq.beams`), wanted attention weights, pruned heads,
+    quantised or hooked projections, xFormers, ``add_bias_kv`` and ``add_zero_attn``, masks other than the decoder's own
+    causal one, and, on a CPU, attention dropout (which has no fused kernel there). On a GPU attention dropout has the
+    same distribution, but not the same random numbers.
 
     Under the causal mask, pads after the last token need no mask: no token sees them. Only what is computed at the
     pads themselves differs from fairseq's, and it reaches neither a token nor the loss. That is used in training; in
@@ -76,6 +78,7 @@ class FastAttention(MultiheadAttention):
     # set by speed_up
     devices: frozenset[str]
     one_projection: frozenset[str]
+    one_a_beam: frozenset[str]
     decoder: tuple[TransformerDecoderBase, ...]  # whose causal mask this attention may get; in a tuple, no sub-module
     fact: Fact  # what is to know of this attention's padding masks, shared by the layers of a stack
 
@@ -98,6 +101,9 @@ class FastAttention(MultiheadAttention):
         if not wants_more and key is value and key is not None and self._is_served(query):
             masks = self._masks(key_padding_mask, attn_mask)
         if masks is None:
+            if incremental_state is not None and static_kv and key is value and query.device.type in self.one_a_beam:
+                key, key_padding_mask = self.shared(key, key_padding_mask, incremental_state)
+                value = key
             return super().forward(
                 query,
                 key,
@@ -221,9 +227,9 @@ def speed_up(stacks: dict[str, nn.Module], everywhere: bool) -> None:
                 reasons.add(reason)
                 continue
             module.__class__ = FastAttention
-            module.devices, module.one_projection = FUSED_ATTENTION, ONE_PROJECTION
+            module.devices, module.one_projection, module.one_a_beam = FUSED_ATTENTION, ONE_PROJECTION, ONE_A_BEAM
             if everywhere:
-                module.devices = module.one_projection = EVERYWHERE
+                module.devices = module.one_projection = module.one_a_beam = EVERYWHERE
             if getattr(getattr(stack, "cfg", None), "offload_activations", False):
                 # its masks come back as copies: what is computed again would not be served, and draw other dropout
                 module.devices = module.devices - {"cuda"}
@@ -231,5 +237,9 @@ def speed_up(stacks: dict[str, nn.Module], everywhere: bool) -> None:
             module.fact = padded if module.encoder_decoder_attention else right_padded
     if reasons:
         logger.info(f"Admin: fairseq's own attention is used, because of {', '.join(sorted(reasons))}")
+    if "encoder" in stacks:
+        encoder = stacks["encoder"]
+        encoder.__class__ = mixed(RepeatsOutput, type(encoder))
+        encoder.one_a_beam = EVERYWHERE if everywhere else ONE_A_BEAM
     decoder = stacks["decoder"]
     decoder.__class__ = mixed(AlignsOnDemand, type(decoder))
