@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import needs_stock_translation
 from fairseq.dataclass.configs import FairseqConfig, GenerationConfig
 
 from admin_fairseq import attention
 from admin_fairseq.beams import by_sentence, repeats
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(F, "scaled_dot_product_attention"), reason="before torch 2.0 attention is fairseq's own"
+)
 BEAM = 3
 EOS = 2  # with which fairseq's decoder starts, too
 OPTIONS = ("transformer_admin", "--admin-init", "logn")
