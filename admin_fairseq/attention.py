@@ -201,9 +201,10 @@ class AlignsOnDemand(nn.Module):
         is_asked = full_context_alignment or alignment_layer is not None or alignment_heads is not None
         # not next(iter(layers)): LayerDrop's list draws random numbers
         by_default = self.aligns or (not self.training and self.layers[-1].need_attn)
-        if not is_asked and not by_default:
+        is_skipped = not is_asked and not by_default
+        if is_skipped:
             alignment_layer = -1  # no layer has this number
-        return super().extract_features(
+        features, extra = super().extract_features(
             prev_output_tokens,
             encoder_out,
             incremental_state,
@@ -211,6 +212,9 @@ class AlignsOnDemand(nn.Module):
             alignment_layer,
             alignment_heads,
         )
+        if is_skipped:
+            extra["attn"] = None  # [None] is too much for fairseq's scorer, where another model of an ensemble has some
+        return features, extra
 
 
 def speed_up(stacks: dict[str, nn.Module], everywhere: bool) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 def repeats(output: Tensor) -> int:
     """How many rows in a row of an encoder's output (time, rows, d) are the same; 1 if that is not known."""
     beam, version = getattr(output, "repeats", (1, None))
-    return beam if beam > 1 and output._version == version else 1
+    return beam if beam > 1 and not output.is_inference() and output._version == version else 1
 
 
 def one_each(sentences: Tensor, beam: int) -> Tensor | None:
@@ -72,18 +72,19 @@ class BeamAttention(MultiheadAttention):
 
     def shared(self, key: Tensor, padding: Tensor | None, state: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Of keys (time, rows, d) to be saved in ``state``, and of their padding (rows, time), one row a sentence."""
-        beam = repeats(key)
-        if beam == 1 or "prev_key" in self._get_input_buffer(state):
+        if "prev_key" in self._get_input_buffer(state):
             return key, padding
-        self.set_incremental_state(state, "beam", {"size": beam})
+        beam = repeats(key)
+        if padding is not None and not torch.equal(padding, padding[::beam].repeat_interleave(beam, 0)):
+            beam = 1
+        self.set_incremental_state(state, "beam", {"size": beam} if beam > 1 else {})
         return key[:, ::beam], None if padding is None else padding[::beam]
 
     def reorder_incremental_state(self, incremental_state: dict[str, Any], new_order: Tensor) -> dict[str, Any]:
         """As in fairseq. Shared keys stay where all sentences do."""
-        shared = self.get_incremental_state(incremental_state, "beam")
-        if shared is None:
+        beam = (self.get_incremental_state(incremental_state, "beam") or {}).get("size")
+        if beam is None:
             return super().reorder_incremental_state(incremental_state, new_order)
-        beam = shared["size"]
         state, (sentences, stays) = self._get_input_buffer(incremental_state), by_sentence(new_order, beam)
         if stays and len(sentences) == len(state["prev_key"]):
             return incremental_state

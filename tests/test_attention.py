@@ -11,6 +11,7 @@ from conftest import needs_stock_translation
 from fairseq.data.data_utils import collate_tokens
 from fairseq.dataclass.configs import FairseqConfig, GenerationConfig
 from fairseq.modules import MultiheadAttention
+from fairseq.sequence_scorer import SequenceScorer
 
 from admin_fairseq import attention
 from admin_fairseq.attention import AlignsOnDemand, FastAttention
@@ -292,7 +293,8 @@ def test_a_copied_model_is_its_own(build, batch):
 
 
 def weights(model, net_input, **kwargs):
-    return model(**net_input, **kwargs)[1]["attn"][0]
+    attention = model(**net_input, **kwargs)[1]["attn"]
+    return attention and attention[0]
 
 
 def prepared(model, print_alignment=None):
@@ -355,6 +357,16 @@ def test_translations_are_stocks(build, batch):
             elif print_alignment == "soft":
                 for theirs, own in zip(stock["alignment"], ours["alignment"]):
                     assert [float(p) for p in own] == pytest.approx([float(p) for p in theirs], abs=2e-6)
+
+
+@needs_stock_translation
+def test_scores_of_an_ensemble_with_a_stock_model(build, batch):
+    """One that computes attention weights for its scorer, and one that does not, in either order."""
+    models = [prepared(build(arch)[0]) for arch in ("transformer", "transformer_admin")]
+    task, sample = build("transformer")[1], batch(4)
+    scorer = SequenceScorer(task.target_dictionary)
+    for one, other in zip(scorer.generate(models, sample), scorer.generate(models[::-1], sample)):
+        torch.testing.assert_close(one[0]["positional_scores"], other[0]["positional_scores"])
 
 
 def test_incremental_decoding(build, batch):

@@ -1,5 +1,7 @@
 """Beam search with keys once a sentence gives what fairseq's own gives."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -110,7 +112,8 @@ def orders_of(kind, sentences):
     torn = torch.randperm(rows, generator=generator)
     return {
         "within": [within, within],
-        "leaving": [within, fewer, torch.arange(len(fewer)), last],
+        "first leaves": [within, fewer, torch.arange(len(fewer)), last],
+        "last leaves": [within, within[:-BEAM], within[: -2 * BEAM]],
         "sentences swapped": [within.view(sentences, BEAM).flip(0).reshape(-1), within],
         "torn": [within, torn, torn.flip(0), within],
         "no multiple": [within, torch.tensor([0, 5, 5, 1]), torch.tensor([3, 2, 0, 1])],
@@ -118,7 +121,7 @@ def orders_of(kind, sentences):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["within", "leaving", "sentences swapped", "torn", "no multiple"])
+@pytest.mark.parametrize("kind", ["within", "first leaves", "last leaves", "sentences swapped", "torn", "no multiple"])
 @pytest.mark.parametrize("fast", ["measured", "all"])
 def test_any_order(model, batch, saved, kind, fast):
     net_input, orders = batch(3)["net_input"], orders_of(kind, 3)
@@ -148,18 +151,42 @@ def test_output_is_copied_only_if_that_changes_it(model, batch):
 
 
 @torch.no_grad()
-def test_changed_output_is_not_shared(model, batch, saved):
-    """Each hypothesis gets a sentence of its own, in place, after the output was repeated."""
+@pytest.mark.parametrize("what", ["output", "padding"])
+def test_what_was_changed_is_not_shared(model, batch, saved, what):
+    """Each hypothesis gets an output, or padding, of its own, in place, after the output was repeated."""
     net_input = batch(3)["net_input"]
     logits = []
     for fast in ("off", "measured"):
         one, _ = model("--admin-fast", fast)
         output = one.encoder(net_input["src_tokens"], net_input["src_lengths"])
         output = one.encoder.reorder_encoder_out(output, torch.arange(3).repeat_interleave(BEAM))
-        output["encoder_out"][0].mul_(torch.linspace(0.5, 2, 3 * BEAM)[None, :, None])
+        if what == "output":
+            output["encoder_out"][0].mul_(torch.linspace(0.5, 2, 3 * BEAM)[None, :, None])
+        else:
+            output["encoder_padding_mask"][0][1::BEAM, -1] = True
         logits.append(one.decoder(torch.full((3 * BEAM, 1), EOS), output, incremental_state={})[0])
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
     assert set(saved) == {3 * BEAM}
+
+
+@torch.no_grad()
+def test_a_state_used_again_is_no_longer_shared(model, batch):
+    """Emptied by hand, and filled from an output that was not repeated."""
+    net_input, order = batch(3)["net_input"], torch.tensor([2, 0])
+    one, _ = model()
+    output = one.encoder(net_input["src_tokens"], net_input["src_lengths"])
+    repeated = one.encoder.reorder_encoder_out(output, torch.arange(3).repeat_interleave(BEAM))
+    used: dict = {}
+    one.decoder(torch.full((3 * BEAM, 1), EOS), repeated, incremental_state=used)
+    for name in [name for name in used if name.endswith("attn_state")]:
+        used[name] = {}
+    logits = []
+    for state in ({}, used):
+        one.decoder(torch.full((3, 1), EOS), output, incremental_state=state)
+        one.decoder.reorder_incremental_state_scripting(state, order)
+        left, tokens = one.encoder.reorder_encoder_out(output, order), torch.tensor([[EOS, 5], [EOS, 6]])
+        logits.append(one.decoder(tokens, left, incremental_state=state)[0])
+    assert torch.equal(*logits)
 
 
 def test_training_goes_on_after_translations(model, batch):
@@ -176,6 +203,13 @@ def test_in_inference_mode(model, batch):
     expected = translate([one], task, batch(4))
     with torch.inference_mode():
         assert_same(expected, translate([one], task, batch(4)))
+        assert by_sentence(torch.tensor([1, 0, 2, 3]), 2)[0].tolist() == [0, 1]
+    sample = batch(3)["net_input"]
+    with torch.no_grad():
+        output = one.encoder(sample["src_tokens"], sample["src_lengths"])
+        output = one.encoder.reorder_encoder_out(output, torch.arange(3).repeat_interleave(BEAM))
+    with torch.inference_mode():
+        assert repeats(copy.deepcopy(output["encoder_out"][0])) == 1
 
 
 def test_not_where_it_was_not_measured(model, batch, saved, monkeypatch):
