@@ -104,13 +104,17 @@ def load(path: str) -> dict[str, Any]:
                 state = torch.load(path, map_location="cpu", weights_only=False)
         if not isinstance(state["model"], dict):
             raise TypeError("its weights are not a dictionary")
+        if not all(isinstance(name, str) for name in state["model"]):
+            raise TypeError("a weight's name is not text")
     except Exception as error:  # bytes that are no checkpoint end in any of a dozen errors
-        refused = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
+        refused = re.search(r"(?i)unsupported (?:global: GLOBAL|global|class) (\S+)", str(error))
         if refused:
             raise AdminError(
                 f"{path} holds an object of {refused[1]}, which safe loading does not read; nothing in the file was run"
             ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "weights_only" in reason:  # torch's advice is to read it by running what it names
+            reason = "it is not made of tensors and plain data"
         raise AdminError(f"{path} is not a fairseq checkpoint ({reason[:200]})") from error
     return state
 
@@ -119,23 +123,29 @@ def settings(state: dict[str, Any]) -> argparse.Namespace:
     """A checkpoint's settings as one flat namespace, from any of the forms in which fairseq has kept them.
 
     Raises:
-        AdminError: there are none.
+        AdminError: there are none, or their names are not text.
     """
     args, cfg = state.get("args"), state.get("cfg")
     if isinstance(args, (dict, argparse.Namespace)):
-        return argparse.Namespace(**(args if isinstance(args, dict) else vars(args)))
+        return _namespace(args if isinstance(args, dict) else vars(args))
     if not isinstance(cfg, (dict, DictConfig)):
         raise AdminError("it holds no settings")
     options: dict[str, Any] = {}
     names = {}
     for section, values in cfg.items():
         if isinstance(values, (dict, DictConfig)):
-            values = flat(OmegaConf.create(values)) if section == "model" else argparse.Namespace(**values)
+            values = flat(OmegaConf.create(values)) if section == "model" else _namespace(values)
         if isinstance(values, argparse.Namespace):
             options.update(vars(values))
             if "_name" in options:
                 names["arch" if section == "model" else section] = options.pop("_name")
     return argparse.Namespace(**{**options, **names})
+
+
+def _namespace(options: Any) -> argparse.Namespace:
+    if not all(isinstance(name, str) for name in options):
+        raise AdminError("its settings have names that are not text")
+    return argparse.Namespace(**options)
 
 
 def save(state: dict[str, Any], path: str) -> None:

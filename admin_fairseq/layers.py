@@ -30,6 +30,8 @@ FULLY_SHARDED = (
 class Rule(nn.Module):
     """What a layer does with shortcut and residual branch; mixed in before fairseq's layer class."""
 
+    depth_matters = False  # for what a trained layer computes
+
     def set_up(self, stack: str, layers: dict[str, int]) -> None:
         """Make of a finished stock layer of "encoder" or "decoder" one that follows this rule.
 
@@ -108,6 +110,8 @@ class RuledModel(nn.Module):
             layers = getattr(args, f"{stack}_layers", None)
             if layers is not None and layers < 1:
                 raise AdminError(f"--{stack}-layers must be at least 1, not {layers}")
+            if cls.rule.depth_matters and getattr(args, f"{stack}_layers_to_keep", None):
+                raise AdminError(f"--{stack}-layers-to-keep: this method's layers need the number they were trained in")
         if getattr(args, "base_layers", 0):
             raise AdminError("--base-layers: BASE layers have no Post-LN sub-layers; drop the flag")
         if getattr(args, "ddp_backend", None) == "fully_sharded":

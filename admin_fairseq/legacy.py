@@ -15,6 +15,7 @@ import warnings
 from argparse import ArgumentParser, Namespace
 from typing import Any, Sequence
 
+import torch
 from fairseq import options as fairseq_options
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
@@ -166,6 +167,11 @@ def _rename(weights: dict[str, Any], problems: list[str]) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             problems.append(f"{key} is not a tensor")
             continue
+        if not value.is_floating_point() or value.layout is not torch.strided or value.is_meta:
+            problems.append(f"{key} is not a dense tensor of floating-point numbers")
+            continue
+        if not torch.isfinite(value).all():
+            problems.append(f"{key} holds numbers that are not finite")
         for name, part in _parts(key, value):
             if name in renamed:
                 problems.append(f"{key} is a second {name}")
@@ -225,6 +231,7 @@ def _build(kept: dict[str, Any], weights: dict[str, Tensor], problems: list[str]
 def _fit(weights: dict[str, Tensor], model: Any, omega_is_one: bool, problems: list[str]) -> dict[str, Tensor]:
     """The weights in the model's order, with what is no weight from the model itself."""
     fitted, missing, shapes, expected = {}, [], [], model.state_dict()
+    owners: dict[int, str] = {}  # of a tensor that the model shares, by its memory
     for name, own in expected.items():
         value = weights.get(name)
         if value is None and name == "decoder.output_projection.weight" and model.decoder.share_input_output_embed:
@@ -239,6 +246,9 @@ def _fit(weights: dict[str, Tensor], model: Any, omega_is_one: bool, problems: l
             shapes.append(f"{name} {tuple(value.shape)} instead of {tuple(own.shape)}")
         else:
             fitted[name] = value
+            owner = owners.setdefault(own.data_ptr(), name)
+            if not torch.equal(fitted[owner], value):
+                problems.append(f"{name} differs from {owner}, which its options call one and the same")
     unknown = sorted(set(weights).difference(expected))
     for kind, names in (("missing", missing), ("unknown", unknown), ("of another shape", shapes)):
         if names:

@@ -56,6 +56,8 @@ class DeepNorm(Rule):
     (microsoft/torchscale scales its default weights instead, the encoder's with 1.15 in the place of beta's 0.87.)
     """
 
+    depth_matters = True  # alpha
+
     def set_up(self, stack: str, layers: dict[str, int]) -> None:
         self.alpha, beta = deepnorm_constants(layers["encoder"], layers["decoder"])[stack]
         for name, module in self.named_modules():
@@ -85,17 +87,21 @@ def deepnorm_constants(encoder_layers: int, decoder_layers: int) -> dict[str, tu
 class LookLinear(Rule):
     """Post-LN whose feed-forward networks start as linear maps: half of the hidden units mirror the other half.
 
-    With hidden units W x + b and -(W x + b) read by V and -V, relu(z) - relu(-z) = z makes the network V (W x + b).
+    With hidden units W x + b and -(W x + b) read by V and -V, relu(z) - relu(-z) = z makes the network V (W x + b);
+    gelu does so too.
     Source: Balduzzi et al. 2017, "The Shattered Gradients Problem", section 5; Transformer-Clinic's ``looklinear``.
 
     Raises:
-        AdminError: the feed-forward network's width is odd.
+        AdminError: the feed-forward network's width is odd, or its activation g has not g(z) - g(-z) = z.
     """
 
     def set_up(self, stack: str, layers: dict[str, int]) -> None:
         half, odd = divmod(self.fc1.out_features, 2)
         if odd:
             raise AdminError(f"LookLinear mirrors half of the feed-forward network: its width, {2 * half + 1}, is odd")
+        z = torch.linspace(-3, 3, 7)
+        if not torch.allclose(self.activation_fn(z) - self.activation_fn(-z), z, atol=1e-4):
+            raise AdminError("LookLinear starts linear with --activation-fn relu or gelu only")
         with torch.no_grad():
             self.fc1.weight[half:] = -self.fc1.weight[:half]
             self.fc1.bias[half:] = -self.fc1.bias[:half]

@@ -73,6 +73,8 @@ OURS = """--user-dir {plugin} --save-dir {folder} --arch transformer_{method} --
 --validate-interval 1000000 --save-interval 1000000 --no-epoch-checkpoints --no-save-optimizer-state"""
 REFUSED = {
     "--disable-validation": "the best runs are those with the lowest validation perplexity",
+    "--valid-subset": "the best runs are those with the lowest perplexity of the validation set",
+    "--no-save": "the best runs translate the test set",
     "--encoder-normalize-before": "it would make every method Pre-LN, which is the method preln",
     "--decoder-normalize-before": "it would make every method Pre-LN, which is the method preln",
 }
@@ -142,9 +144,9 @@ class RunError(Exception):
 
 
 class Runner:
-    """fairseq's commands as sub-processes, several at a time; they end when this process does.
+    """fairseq's commands as sub-processes, several at a time; they end when this process does, but for kill -9.
 
-    ``lock`` is an open, locked file that they inherit: one that outlives us, as after kill -9, keeps it locked.
+    ``lock`` is an open, locked file that they inherit: one that outlives us keeps it locked.
     """
 
     def __init__(self, args: argparse.Namespace, data: Data, lock: Any) -> None:
@@ -233,7 +235,10 @@ class Runner:
         file = self.args.out / run.name / "result.json"
         if not file.exists():
             return None
-        result = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            result = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise AdminError(f"{file} is no result of this script; remove it, and the run is done again") from None
         for key, value in self.settings(run).items():
             if result["settings"].get(key) != value:
                 was, now = (shlex.join(x) if isinstance(x, list) else x for x in (result["settings"].get(key), value))
@@ -255,6 +260,7 @@ class Runner:
         numbers = {**asdict(run), "encoder": run.layers[0], "decoder": run.layers[1], "updates": self.args.updates}
         ours = [word.format(**places, **numbers, interval=max(self.args.updates // 100, 1)) for word in OURS.split()]
         lines, memory = self.command(folder / "train.log", "fairseq-train", self.data.folder, *defaults, *extra, *ours)
+        check_end(lines, self.args.updates)
         for spare in ("checkpoint_best.pt", "crash.pt"):  # the first is a copy of checkpoint_last.pt
             (folder / spare).unlink(missing_ok=True)
         result = {"settings": self.settings(run), **read_log(lines, memory, self.data.positional)}
@@ -308,6 +314,21 @@ def bleu(log: str) -> float:
     return metric.corpus_score([hypotheses[key] for key in references], [list(references.values())]).score
 
 
+def check_end(lines: list[tuple[float, str]], updates: int) -> None:
+    """
+    Raises:
+        RunError: the training ended early, not by diverging, or without a validation.
+    """
+    log = "".join(line for _, line in lines)
+    if re.search("^FloatingPointError: ", log, re.M):
+        return
+    done = max(map(int, re.findall(r'num_updates": "?(\d+)', log)), default=0)
+    if done < updates:
+        raise RunError(f"it ended after {done} of {updates} updates: does an option behind -- stop it, as --max-epoch?")
+    if "| valid |" not in log:
+        raise RunError("there was no validation at its end")
+
+
 def read_log(lines: list[tuple[float, str]], memory: float | None, positional: float) -> Result:
     """What a training's log says; losses in it are in bits, here in nats."""
 
@@ -319,8 +340,6 @@ def read_log(lines: list[tuple[float, str]], memory: float | None, positional: f
     rows = [(moment, json.loads(found[1])) for moment, found in rows if found]
     curve = [(int(row["num_updates"]), nats(row)) for _, row in rows]
     error = re.search(r"^FloatingPointError: (.*)", log, re.M)
-    if not curve and not error:
-        raise RunError("the log holds no training loss: there are fewer updates in --max-epoch than were asked for?")
     verdict, update = judge(curve, positional, error[1] if error else "")
     paces = [
         (rows[i][0] - rows[i - 1][0]) / (curve[i][0] - curve[i - 1][0]) * 1000
@@ -467,6 +486,10 @@ def table(results: dict[Run, Result], args: argparse.Namespace, data: Data) -> s
     caveats = []
     if any("(edge)" in row[2] for row in rows):
         caveats += ["(edge): the lowest or highest learning rate of the grid; a better one may lie beyond it."]
+    tried = [f"{method} {depth}" for depth in args.depths for method in args.methods]
+    lost = [name for name in tried if name not in {" ".join(row[:2]) for row in rows}]
+    if lost:
+        caveats += [f"No run finished: {', '.join(lost)}."]
     if args.jobs > 1:
         caveats += [f"ms/update is wall time, with up to {args.jobs} runs at work at once: no measure of speed."]
     return "\n".join(
@@ -583,6 +606,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             parser.error(f"{word} cannot follow --: {why}")
     if 0 in args.warmup and not given("--lr-scheduler", extra):
         parser.error("--warmup 0 needs another scheduler: -- --lr-scheduler polynomial_decay --total-num-update N")
+    if math.inf in args.lr:
+        parser.error("--lr: a learning rate must be finite")
     for name in ("updates", "jobs", "threads"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
@@ -596,12 +621,18 @@ def main() -> None:
         raise AdminError(f"{args.data} has no binarised test set to translate; give --no-bleu to do without")
     grid = itertools.product(args.depths, args.methods, args.lr, args.warmup, args.seeds)
     runs = [Run(method, depth, lr, warmup, seed) for depth, method, lr, warmup, seed in grid]
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AdminError(f"--out {args.out} cannot be made a folder ({error.strerror}); give another") from None
     with open(args.out / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise AdminError(f"another compare.py, or a run that it left behind, is at work in {args.out}") from None
+            raise AdminError(
+                f"another compare.py, or a run that it left behind, is at work in {args.out};"
+                f" to find it: pgrep -af {args.out.name}"
+            ) from None
         runner = Runner(args, data, lock)
 
         def interrupted(*_: Any) -> None:

@@ -5,7 +5,7 @@
   plateau     it ended where its input was of no use, and has not fallen since this update
   collapsed   it made use of its input until this update, then rose back to where it is of none, and stayed
   exploded    it never did, and ended clearly above its lowest loss, which it had at this update
-  slow        it ended there too, but was still falling: too few updates to tell
+  slow        it ended there too, but was still falling, or has too few updates to tell
   trained     none of these
 
 Where input is of no use: a model that ignores it, the source and the words before, reaches the perplexity of the target
@@ -24,6 +24,7 @@ import numpy as np
 
 DIVERGED = ("plateau", "collapsed", "exploded", "non-finite", "loss-scale")
 FLAT = 0.05  # nats: a perplexity that falls by less than 5% in the last third of the training has stopped falling
+ENOUGH = 20  # points of the curve, to call what it ends in a plateau
 CLEARLY = 0.2  # nats below the positional level, or above the lowest loss: more than noise
 
 
@@ -76,6 +77,6 @@ def judge(curve: list[tuple[int, float]], positional: float, error: str = "") ->
     # the mean over the last tenth lags behind a loss that is falling steeply, the end of the smoothed curve does not
     if min(final, smoothed[-1]) > min(smoothed) + CLEARLY:
         return "exploded", updates[losses.index(min(losses))]
-    if smoothed[len(smoothed) * 2 // 3] - final > FLAT:
+    if len(curve) < ENOUGH or smoothed[len(smoothed) * 2 // 3] - final > FLAT:
         return "slow", None
     return "plateau", next(update for update, loss in zip(updates, smoothed) if loss < final + FLAT)

@@ -99,6 +99,11 @@ def test_verdict_on_a_stop():
     assert judge(good, POSITIONAL, scale) == ("loss-scale", 240)
 
 
+def test_too_few_points_are_no_plateau():
+    assert judge([(update, 7.0) for update in range(1, 20)], POSITIONAL) == ("slow", None)
+    assert judge([(update, 7.0) for update in range(1, 21)], POSITIONAL)[0] == "plateau"
+
+
 def log_lines(seconds: float, **rows: Any) -> list[tuple[float, str]]:
     return [(seconds, f"2026-01-01 00:00:00 | INFO | {kind} | {json.dumps(row)}\n") for kind, row in rows.items()]
 
@@ -120,6 +125,19 @@ def test_a_log_is_read():
     )
     without_smoothing = compare.read_log(log_lines(1, train_inner={"loss": "2", "num_updates": "1"}), 1, POSITIONAL)
     assert without_smoothing["train_ppl"] == pytest.approx(4)
+
+
+def test_a_run_that_ended_early_failed():
+    steps = log_lines(1, train_inner={"loss": "2", "num_updates": "8"})
+    valid = log_lines(2, valid={"valid_loss": "5", "valid_num_updates": "9"})
+    compare.check_end([*steps, *valid], 9)
+    compare.check_end([*steps, (2, "FloatingPointError: gradients are Nan/Inf\n")], 9)
+    with pytest.raises(compare.RunError, match="ended after 9 of 10 updates"):
+        compare.check_end([*steps, *valid], 10)
+    with pytest.raises(compare.RunError, match="ended after 0 of 10 updates"):
+        compare.check_end([], 10)
+    with pytest.raises(compare.RunError, match="no validation"):
+        compare.check_end(steps, 8)
 
 
 def test_bleu_is_fairseqs():
@@ -190,8 +208,10 @@ def test_notes_below_the_table(rate: float, edge: bool, data: Path):
     text = compare.table(results, grid, levels)
     assert (f"| {rate:g} (edge) |" in text) == ("a better one may lie beyond it" in text) == edge
     assert "ms/update is wall time, with up to 2 runs at work at once" in text
+    more = compare.parse([*words, "1e-3", "--methods", "admin,postln,b2t"])
+    assert "No run finished: postln 6-6, b2t 6-6." in compare.table(results, more, levels)
     alone = compare.table(dict([next(iter(results.items()))]), compare.parse([*words, "1e-3"]), levels)
-    assert "edge" not in alone and "wall time" not in alone
+    assert "edge" not in alone and "wall time" not in alone and "No run" not in alone
 
 
 def test_numbers_that_are_no_use():
@@ -236,6 +256,9 @@ def test_panels_show_lost_runs_and_tick_labels_with_room(monkeypatch: pytest.Mon
         (["--updates", "0"], "--updates must be at least 1"),
         (["--", "--lr", "1"], "--lr is set by this script and cannot follow --"),
         (["--", "--max-update=5"], "--max-update is set by this script"),
+        (["--lr", "1e999"], "--lr: a learning rate must be finite"),
+        (["--", "--valid-subset", "test"], "--valid-subset cannot follow --: the best runs are"),
+        (["--", "--no-save"], "--no-save cannot follow --: the best runs translate"),
         (["--", "--disable-validation"], "--disable-validation cannot follow --: the best runs are"),
         (["--", "--encoder-normalize-before"], "--encoder-normalize-before cannot follow --: it would make every"),
     ],
@@ -345,6 +368,19 @@ def test_other_settings_are_not_mixed(first: Any, data: Path, tmp_path: Path):
         shutil.copy(copied / f"valid.de-en.en.{side}", copied / f"train.de-en.en.{side}")
     with pytest.raises(AdminError, match="was run with data: "):
         runner(copied, out, "--updates", "80").stored(admin)
+
+
+def test_unusable_folders_and_results(data: Path, tmp_path: Path, monkeypatch: Any):
+    admin = compare.Run("admin", "1-1", 5e-3, 20, 1)
+    (tmp_path / admin.name).mkdir()
+    (tmp_path / admin.name / "result.json").write_text("{", encoding="utf-8")
+    with pytest.raises(AdminError, match=r"result\.json is no result of this script; remove it"):
+        runner(data, tmp_path, "--updates", "9").stored(admin)
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr(sys, "argv", command(data, file, "--methods", "admin", "--updates", 9)[1:])
+    with pytest.raises(AdminError, match=r"--out .*file cannot be made a folder \(File exists\)"):
+        compare.main()
 
 
 def test_a_misspelt_option_is_one_line(data: Path, tmp_path: Path):

@@ -400,6 +400,44 @@ def test_lists_all_that_does_not_fit(tmp_path):
     assert os.listdir(tmp_path) == ["in.pt"]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w["encoder.layers.1.fc_ratio_change"].fill_(math.nan), "holds numbers that are not finite"),
+        (
+            lambda w: w.update({"decoder.layers.0.fc2.bias": torch.ones(16).long()}),
+            "not a dense tensor of floating-point",
+        ),
+        (lambda w: w.update({"decoder.layers.0.fc2.bias": torch.ones(16).to_sparse()}), "not a dense tensor"),
+        (lambda w: w.update({"decoder.layers.0.fc2.bias": torch.ones(16, device="meta")}), "not a dense tensor"),
+    ],
+)
+def test_weights_that_are_none(change, message):
+    weights = clinic(options())
+    change(weights)
+    with pytest.raises(AdminError, match=message):
+        convert(state(options(), weights))
+
+
+def test_shared_embeddings_that_differ():
+    shared = options(share_all_embeddings=True)
+    weights = clinic(shared)
+    weights["decoder.embed_tokens.weight"] = weights["encoder.embed_tokens.weight"] + 1
+    with pytest.raises(AdminError, match=r"differs from encoder\.embed_tokens\.weight, which its options call one"):
+        convert(state(shared, weights))
+
+
+def test_names_that_are_not_text(tmp_path):
+    for bad, message in (
+        ({**state(options(), {**clinic(options()), 5: torch.ones(1)})}, "a weight's name is not text"),
+        ({**state(options(), clinic(options())), "args": {**options(), 5: 1}}, "architecture is None"),
+    ):
+        torch.save(bad, tmp_path / "bad.pt")
+        with pytest.raises(AdminError, match=message):
+            import_checkpoint(str(tmp_path / "bad.pt"), str(tmp_path / "out.pt"))
+    assert os.listdir(tmp_path) == ["bad.pt"]
+
+
 def test_other_files(imported, build, tmp_path):
     folder, _, weights = imported
     with pytest.raises(AdminError, match="a checkpoint of this plugin already"):
@@ -436,13 +474,14 @@ def loader(request, monkeypatch):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("call", ["open", "exec", "print"])
+@pytest.mark.parametrize("call", ["open", "exec", "print", "system"])
 def test_code_in_a_pickle_is_not_run(loader, tmp_path, capsys, zipped, call):
     proof = str(tmp_path / "proof")
     attacks = {
         "open": Attack(open, proof, "w"),
         "exec": Attack(exec, f"open({proof!r}, 'w')"),
         "print": Attack(print, "ran"),
+        "system": Attack(os.system, f"touch {proof}"),
     }
     bad = state(options(), clinic(options()))
     bad["args"].arch = attacks[call]
@@ -469,8 +508,11 @@ def test_old_checkpoints_load(loader, tmp_path, zipped):
 @pytest.mark.parametrize("content", [b"", b"\x80\x02}q\x00.", b"\x80\x02cos\nsystem\nq\x00X\x04\x00\x00\x00true\x85R."])
 def test_other_bytes(loader, tmp_path, content):
     (tmp_path / "c.pt").write_bytes(content)
-    with pytest.raises(AdminError, match=r"c\.pt (is not a fairseq checkpoint|holds an object of \w+\.system)"):
+    with pytest.raises(
+        AdminError, match=r"c\.pt (is not a fairseq checkpoint|holds an object of \w+\.system)"
+    ) as error:
         load(str(tmp_path / "c.pt"))
+    assert "weights_only" not in str(error.value)  # torch advises to run what the file names
 
 
 def test_attributes_of_what_is_listed_are_not_found():

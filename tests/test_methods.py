@@ -174,6 +174,19 @@ def test_looklinear_needs_an_even_width(build):
         build("transformer_looklinear", "--encoder-ffn-embed-dim", "65")
 
 
+def test_looklinear_needs_an_activation_that_mirrors(build):
+    build("transformer_looklinear", "--activation-fn", "gelu")
+    for activation in ("tanh", "linear"):
+        with pytest.raises(AdminError, match="with --activation-fn relu or gelu only"):
+            build("transformer_looklinear", "--activation-fn", activation)
+
+
+def test_deepnorm_is_not_pruned(build):
+    """alpha is that of the depth trained in."""
+    with pytest.raises(AdminError, match="--encoder-layers-to-keep: this method's layers need the number"):
+        build("transformer_deepnorm", "--encoder-layers-to-keep", "0,2")
+
+
 def test_b2t_scales_by_depth(build):
     b2t, _, _ = build("transformer_b2t")
     stock = build("transformer")[0].state_dict()
