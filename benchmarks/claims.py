@@ -3,7 +3,7 @@ much warmup it needs.
 
     python benchmarks/claims.py DATA-BIN --experiment sgd --updates 400 --out DIR -- --encoder-embed-dim 64 ...
 
-  sgd        SGD with momentum beside Adam, RAdam and NovoGrad, each over learning rates around its best. The paper
+  sgd        SGD with momentum beside Adam, RAdam and NovoGrad, each over a grid of learning rates. The paper
              (Liu et al. 2020, abstract and section 3): SGD fails to train Transformers, and gradients that
              vanish are not the cause; adaptive optimizers train.
   no-warmup  learning rate x Adam's beta2 with one update of warmup and linear decay to zero, the grid of the authors'
