@@ -315,7 +315,8 @@ def bleu(log: str) -> float:
 
 
 def check_end(lines: list[tuple[float, str]], updates: int) -> None:
-    """
+    """See that a training is as long as the others it is compared with.
+
     Raises:
         RunError: the training ended early, not by diverging, or without a validation.
     """
