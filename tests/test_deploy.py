@@ -29,7 +29,6 @@ sys.path[:0] = [str(ROOT / "examples" / name) for name in ("common", "deploy")]
 import convert  # noqa: E402
 import serve  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("recipes")  # they begin with a finished run of one
 # what it takes for translations that end, and that depend on the source, within seconds
 LEARN = {"EPOCHS": "30", "LR": "1e-2", "DROPOUT": "0", "WARMUP": "20", "SAVE_UPDATES": "10000", "LAST": "1"}
 OPTIONS = (

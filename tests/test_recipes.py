@@ -26,8 +26,6 @@ import pytest
 import torch
 from conftest import ROOT, checkpoint
 
-# what waits for the same finished run is in one process: in two, one would stand idle
-pytestmark = pytest.mark.xdist_group("recipes")
 EXAMPLES = ROOT / "examples"
 SHARED = ROOT.parent / "shared" / "data"
 TOY = {
