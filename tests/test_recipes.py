@@ -182,7 +182,7 @@ def lines(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "recipe", [pytest.param(recipe, marks=pytest.mark.slow if "wmt14" in recipe else ()) for recipe in RECIPES]
+    "recipe", [RECIPES[0], *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in RECIPES[1:])]
 )
 def test_raw_files_to_scores(finished, recipe):
     folder, printed = finished(recipe)
@@ -212,6 +212,7 @@ def test_raw_files_to_scores(finished, recipe):
     assert "loaded checkpoint" not in (folder / "run/train.log").read_text()
 
 
+@pytest.mark.slow
 def test_splits_and_filters(finished):
     """The published recipes' rules, recomputed from the raw text."""
     folder, _ = finished("iwslt14_de_en")
