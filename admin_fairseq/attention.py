@@ -78,7 +78,6 @@ class FastAttention(BeamAttention):
     # set by speed_up
     devices: frozenset[str]
     one_projection: frozenset[str]
-    one_a_beam: frozenset[str]
     decoder: tuple[TransformerDecoderBase, ...]  # whose causal mask this attention may get; in a tuple, no sub-module
     fact: Fact  # what is to know of this attention's padding masks, shared by the layers of a stack
 
@@ -101,7 +100,7 @@ class FastAttention(BeamAttention):
         if not wants_more and key is value and key is not None and self._is_served(query):
             masks = self._masks(key_padding_mask, attn_mask)
         if masks is None:
-            if incremental_state is not None and static_kv and key is value and query.device.type in self.one_a_beam:
+            if incremental_state is not None and static_kv and key is value:
                 key, key_padding_mask = self.shared(key, key_padding_mask, incremental_state)
                 value = key
             return super().forward(
@@ -231,9 +230,9 @@ def speed_up(stacks: dict[str, nn.Module], everywhere: bool) -> None:
                 reasons.add(reason)
                 continue
             module.__class__ = FastAttention
-            module.devices, module.one_projection, module.one_a_beam = FUSED_ATTENTION, ONE_PROJECTION, ONE_A_BEAM
+            module.devices, module.one_projection = FUSED_ATTENTION, ONE_PROJECTION
             if everywhere:
-                module.devices = module.one_projection = module.one_a_beam = EVERYWHERE
+                module.devices = module.one_projection = EVERYWHERE
             if getattr(getattr(stack, "cfg", None), "offload_activations", False):
                 # its masks come back as copies: what is computed again would not be served, and draw other dropout
                 module.devices = module.devices - {"cuda"}

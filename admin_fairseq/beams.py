@@ -75,7 +75,7 @@ class BeamAttention(MultiheadAttention):
         if "prev_key" in self._get_input_buffer(state):
             return key, padding
         beam = repeats(key)
-        if padding is not None and not torch.equal(padding, padding[::beam].repeat_interleave(beam, 0)):
+        if beam > 1 and padding is not None and not torch.equal(padding, padding[::beam].repeat_interleave(beam, 0)):
             beam = 1
         self.set_incremental_state(state, "beam", {"size": beam} if beam > 1 else {})
         return key[:, ::beam], None if padding is None else padding[::beam]

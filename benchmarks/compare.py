@@ -260,10 +260,9 @@ class Runner:
         numbers = {**asdict(run), "encoder": run.layers[0], "decoder": run.layers[1], "updates": self.args.updates}
         ours = [word.format(**places, **numbers, interval=max(self.args.updates // 100, 1)) for word in OURS.split()]
         lines, memory = self.command(folder / "train.log", "fairseq-train", self.data.folder, *defaults, *extra, *ours)
-        check_end(lines, self.args.updates)
         for spare in ("checkpoint_best.pt", "crash.pt"):  # the first is a copy of checkpoint_last.pt
             (folder / spare).unlink(missing_ok=True)
-        result = {"settings": self.settings(run), **read_log(lines, memory, self.data.positional)}
+        result = {"settings": self.settings(run), **read_log(lines, memory, self.data.positional, self.args.updates)}
         result.update(bleu=None, seconds=round(time.monotonic() - started), environment=environment(self.args))
         write(folder / "result.json", json.dumps(result))
         return result
@@ -314,24 +313,12 @@ def bleu(log: str) -> float:
     return metric.corpus_score([hypotheses[key] for key in references], [list(references.values())]).score
 
 
-def check_end(lines: list[tuple[float, str]], updates: int) -> None:
-    """See that a training is as long as the others it is compared with.
+def read_log(lines: list[tuple[float, str]], memory: float | None, positional: float, updates: int) -> Result:
+    """What the log of a training of ``updates`` updates says; losses in it are in bits, here in nats.
 
     Raises:
         RunError: the training ended early, not by diverging, or without a validation.
     """
-    log = "".join(line for _, line in lines)
-    if re.search("^FloatingPointError: ", log, re.M):
-        return
-    done = max(map(int, re.findall(r'num_updates": "?(\d+)', log)), default=0)
-    if done < updates:
-        raise RunError(f"it ended after {done} of {updates} updates: does an option behind -- stop it, as --max-epoch?")
-    if "| valid |" not in log:
-        raise RunError("there was no validation at its end")
-
-
-def read_log(lines: list[tuple[float, str]], memory: float | None, positional: float) -> Result:
-    """What a training's log says; losses in it are in bits, here in nats."""
 
     def nats(row: Result, prefix: str = "") -> float:  # fairseq logs nll_loss only where it differs from the loss
         return float(row.get(f"{prefix}nll_loss", row[f"{prefix}loss"])) * math.log(2)
@@ -341,6 +328,12 @@ def read_log(lines: list[tuple[float, str]], memory: float | None, positional: f
     rows = [(moment, json.loads(found[1])) for moment, found in rows if found]
     curve = [(int(row["num_updates"]), nats(row)) for _, row in rows]
     error = re.search(r"^FloatingPointError: (.*)", log, re.M)
+    valid = re.findall(r"\| valid \| (\{.*\})", log)
+    done = max(map(int, re.findall(r'num_updates": "?(\d+)', log)), default=0)
+    if done < updates and not error:
+        raise RunError(f"it ended after {done} of {updates} updates: does an option behind -- stop it, as --max-epoch?")
+    if not valid and not error:
+        raise RunError("there was no validation at its end")
     verdict, update = judge(curve, positional, error[1] if error else "")
     paces = [
         (rows[i][0] - rows[i - 1][0]) / (curve[i][0] - curve[i - 1][0]) * 1000
@@ -350,7 +343,6 @@ def read_log(lines: list[tuple[float, str]], memory: float | None, positional: f
     # on a GPU fairseq logs how much torch's counter left free at its peak
     total = re.search(r"total memory = ([\d.]+) GB", log)
     free = [float(row["gb_free"]) for _, row in rows if "gb_free" in row]
-    valid = re.findall(r"\| valid \| (\{.*\})", log)
     parameters = re.search(r"num\. shared model params: ([\d,]+)", log)
     return {
         "verdict": verdict,
@@ -468,7 +460,8 @@ def divergences(results: list[Result]) -> str:
 def table(results: dict[Run, Result], args: argparse.Namespace, data: Data) -> str:
     rows = [["method", "depth", "lr", "warmup", "train ppl", "valid ppl", "BLEU", "diverged", "of the grid"]]
     rows[0] += ["ms/update", "memory MB"]
-    for (method, depth), every in grouped(results, "method", "depth").items():
+    found = grouped(results, "method", "depth")
+    for (method, depth), every in found.items():
         runs = best(results)[method, depth]
         own = {column: [results[run][column] for run in runs] for column in COLUMNS[7:-1]}
         bad = sum(results[run]["verdict"] in DIVERGED for run in every)
@@ -487,8 +480,7 @@ def table(results: dict[Run, Result], args: argparse.Namespace, data: Data) -> s
     caveats = []
     if any("(edge)" in row[2] for row in rows):
         caveats += ["(edge): the lowest or highest learning rate of the grid; a better one may lie beyond it."]
-    tried = [f"{method} {depth}" for depth in args.depths for method in args.methods]
-    lost = [name for name in tried if name not in {" ".join(row[:2]) for row in rows}]
+    lost = [f"{method} {depth}" for depth in args.depths for method in args.methods if (method, depth) not in found]
     if lost:
         caveats += [f"No run finished: {', '.join(lost)}."]
     if args.jobs > 1:

@@ -115,29 +115,34 @@ def test_a_log_is_read():
         row = {"loss": "9.9", "nll_loss": "3", "num_updates": str(step * 2), "gb_free": str(70 - step % 3)}
         lines += log_lines(step + 5.0 * (step > 5), train_inner=row)  # one interval of 6 seconds
     lines += log_lines(99, valid={"valid_loss": "5", "valid_nll_loss": "4"})
-    result = compare.read_log(lines, 100.0, POSITIONAL)
+    result = compare.read_log(lines, 100.0, POSITIONAL, 20)
     assert (result["verdict"], result["parameters"], result["ms_per_update"]) == ("trained", 1234, 500)
     assert (result["train_ppl"], result["valid_ppl"]) == pytest.approx((8, 16))
     assert result["memory_mb"] == pytest.approx(11.25 * 1024)  # on a GPU its own, not the process's
-    stopped = compare.read_log([(0.0, "FloatingPointError: gradients are Nan/Inf\n")], 100.0, POSITIONAL)
+    stopped = compare.read_log([(0.0, "FloatingPointError: gradients are Nan/Inf\n")], 100.0, POSITIONAL, 20)
     assert (stopped["verdict"], stopped["update"], stopped["valid_ppl"], stopped["memory_mb"]) == (
         *("non-finite", 0, None, 100),
     )
-    without_smoothing = compare.read_log(log_lines(1, train_inner={"loss": "2", "num_updates": "1"}), 1, POSITIONAL)
+    rows = {"train_inner": {"loss": "2", "num_updates": "1"}, "valid": {"valid_loss": "2"}}
+    without_smoothing = compare.read_log(log_lines(1, **rows), 1, POSITIONAL, 1)
     assert without_smoothing["train_ppl"] == pytest.approx(4)
 
 
 def test_a_run_that_ended_early_failed():
     steps = log_lines(1, train_inner={"loss": "2", "num_updates": "8"})
     valid = log_lines(2, valid={"valid_loss": "5", "valid_num_updates": "9"})
-    compare.check_end([*steps, *valid], 9)
-    compare.check_end([*steps, (2, "FloatingPointError: gradients are Nan/Inf\n")], 9)
+
+    def read(lines, updates):
+        return compare.read_log(lines, 1, POSITIONAL, updates)
+
+    read([*steps, *valid], 9)
+    read([*steps, (2, "FloatingPointError: gradients are Nan/Inf\n")], 9)
     with pytest.raises(compare.RunError, match="ended after 9 of 10 updates"):
-        compare.check_end([*steps, *valid], 10)
+        read([*steps, *valid], 10)
     with pytest.raises(compare.RunError, match="ended after 0 of 10 updates"):
-        compare.check_end([], 10)
+        read([], 10)
     with pytest.raises(compare.RunError, match="no validation"):
-        compare.check_end(steps, 8)
+        read(steps, 8)
 
 
 def test_bleu_is_fairseqs():
@@ -223,7 +228,7 @@ def test_numbers_that_are_no_use():
     assert [compare.number(value) for value in (None, 9.96, 123456.0, 1e120)] == ["-", "10.0", "123456", "1e+120"]
     valid = compare.read_log(
         [*log_lines(1, train_inner={"loss": "2", "num_updates": "1"}), *log_lines(2, valid={"valid_loss": "900"})],
-        *(1, POSITIONAL),
+        *(1, POSITIONAL, 1),
     )
     assert valid["valid_ppl"] is None
     assert compare.spread([math.exp(349), 10.0])
