@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from admin_fairseq.fast import wanted
+from admin_fairseq.fast.measured import wanted
 from admin_fairseq.norm import OmegaLayerNorm
 
 logger = logging.getLogger(__name__)
