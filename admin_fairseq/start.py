@@ -99,7 +99,7 @@ def profile_batches(trainer: Trainer, samples: list[Sample], progress: bool = Fa
 
 
 def _profile(trainer: Trainer) -> None:
-    """The pre-pass on the first training batches of every worker, told in the log and left in the run's folder."""
+    """The pre-pass on the first training batches of every worker, reported in the log and left in the run's folder."""
     model, cfg = trainer.get_model(), trainer.cfg
     started = time.time()
     with _random_state_kept(trainer.device):

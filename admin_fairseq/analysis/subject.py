@@ -83,7 +83,7 @@ def parse(arch: str, rest: Sequence[str], only_given: bool = False) -> Namespace
 
 
 def configure(args: Namespace) -> Any:
-    """fairseq's configuration of a training in one process and float32 that leaves no files."""
+    """fairseq's configuration of a run in one process and float32 that leaves no files."""
     args = copy.copy(args)
     if getattr(args, "max_tokens", None) is None and getattr(args, "batch_size", None) is None:
         args.max_tokens = 4096

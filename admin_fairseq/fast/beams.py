@@ -2,7 +2,7 @@
 
 fairseq's generator repeats the encoder's output for the hypotheses of a beam. Every layer of the decoder then computes
 keys and values of each copy, keeps them and attends to them, and every step copies the output in the new order of the
-hypotheses, which changes nothing. fairseq's attention can share keys in a beam, but is told so by ``set_beam_size``,
+hypotheses, which changes nothing. fairseq's attention can share keys in a beam, but by ``set_beam_size``,
 which holds for whatever comes next, training included. Here the repeated output says so itself.
 """
 
