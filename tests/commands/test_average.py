@@ -4,8 +4,7 @@ import os
 
 import pytest
 import torch
-from conftest import checkpoint, run, train
-from test_train import generate, hypotheses
+from helpers import checkpoint, generate, hypotheses, run, train
 
 from admin_fairseq import AdminError
 from admin_fairseq.average import average, select

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
 from fairseq.data import Dictionary
+from helpers import ROOT, run
 
 import admin_fairseq
 from admin_fairseq import AdminError, Profile

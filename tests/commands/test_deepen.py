@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import checkpoint, run, train
+from helpers import checkpoint, run, train
 
 from admin_fairseq import AdminError, sub_layers
 from admin_fairseq.checkpoint import load

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, TRAIN, checkpoint, run, run_alone
-from test_distributed import Group
+from helpers import TINY, TRAIN, checkpoint, run, run_alone
+from two_workers import Group
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

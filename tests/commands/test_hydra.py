@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import ROOT, checkpoint, run, train
-from test_train import generate, hypotheses
+from helpers import ROOT, checkpoint, generate, hypotheses, run, train
 
 TINY = [
     *("model.encoder_embed_dim=32", "model.encoder_ffn_embed_dim=64"),

@@ -7,55 +7,15 @@ import re
 
 import pytest
 import torch
-from conftest import TRAIN, checkpoint, run
-from fairseq import options, tasks
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from helpers import checkpoint, lm_command, run
 
 from admin_fairseq import AdminError, Sample, logn_omega, profile, sub_layers
-
-SMALL = ["--decoder-embed-dim", "32", "--decoder-ffn-embed-dim", "64", "--decoder-attention-heads", "2"]
-
-
-@pytest.fixture(scope="module")
-def text(data, tmp_path_factory):
-    """The corpus's English as language-model data."""
-    folder = tmp_path_factory.mktemp("text")
-    splits = [item for name in ("train", "valid", "test") for item in (f"--{name}pref", data.parent / f"{name}.en")]
-    assert run("fairseq-preprocess", "--only-source", *splits, "--destdir", folder).code == 0
-    return folder
-
-
-def command(text, save_dir, arch, *arguments):
-    start = TRAIN.index("--criterion")
-    flags = [*TRAIN[:start], *TRAIN[start + 4 :]]
-    return [
-        text,
-        "--task",
-        "language_modeling",
-        "--tokens-per-sample",
-        "32",
-        "--arch",
-        arch,
-        "--save-dir",
-        save_dir,
-        *SMALL,
-        *flags,
-        *arguments,
-    ]
-
-
-def build(text, arch, *arguments):
-    argv = [str(part) for part in command(text, "unused", arch, *arguments)]
-    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), argv))
-    task = tasks.setup_task(cfg.task)
-    torch.manual_seed(3)
-    return task.build_model(cfg.model), task
 
 
 @pytest.fixture(scope="module")
 def trained(text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lm")
-    result = run("fairseq-train", *command(text, folder, "transformer_lm_admin_12", "--max-update", "3"))
+    result = run("fairseq-train", *lm_command(text, folder, "transformer_lm_admin_12", "--max-update", "3"))
     assert result.code == 0, result.output
     return folder, result
 
@@ -75,7 +35,7 @@ def test_profiles_by_itself(trained):
 
 def test_resumes(trained, text):
     folder, _ = trained
-    resumed = run("fairseq-train", *command(text, folder, "transformer_lm_admin_12", "--max-update", "4"))
+    resumed = run("fairseq-train", *lm_command(text, folder, "transformer_lm_admin_12", "--max-update", "4"))
     assert resumed.code == 0, resumed.output
     assert resumed.lines("omega from the checkpoint")
     assert list(resumed.losses()) == [4]
@@ -97,20 +57,20 @@ def test_given_profile(trained, text, tmp_path):
     file = folder / "admin_profile.json"
     given = run(
         "fairseq-train",
-        *command(text, tmp_path, "transformer_lm_admin_12", "--max-update", "3", "--admin-profile", file),
+        *lm_command(text, tmp_path, "transformer_lm_admin_12", "--max-update", "3", "--admin-profile", file),
     )
     assert given.code == 0, given.output
     assert given.losses() == profiled.losses()
-    wrong = run("fairseq-train", *command(text, tmp_path / "no", "transformer_lm_admin_6", "--admin-profile", file))
+    wrong = run("fairseq-train", *lm_command(text, tmp_path / "no", "transformer_lm_admin_6", "--admin-profile", file))
     assert "24 decoder sub-layers, the model 12" in wrong.lines("admin_fairseq: error:")[0]
 
 
-def test_is_the_stock_model_at_omega_1(text):
+def test_is_the_stock_model_at_omega_1(build_lm):
     """From the same seed the same weights, bit for bit, and the same output as a Post-LN transformer_lm."""
-    stock, task = build(
-        text, "transformer_lm", "--decoder-layers", "6", "--decoder-input-dim", "32", "--decoder-output-dim", "32"
+    stock, task, _ = build_lm(
+        "transformer_lm", "--decoder-layers", "6", "--decoder-input-dim", "32", "--decoder-output-dim", "32"
     )
-    ours, _ = build(text, "transformer_lm_admin", "--admin-init", "unit")
+    ours, _, _ = build_lm("transformer_lm_admin", "--admin-init", "unit")
     weights = ours.state_dict()
     for name, weight in stock.state_dict().items():
         ours_has = weights.pop(name)
@@ -123,14 +83,14 @@ def test_is_the_stock_model_at_omega_1(text):
 
 
 @pytest.mark.parametrize("layers", [6, 12, 18, 24, 36, 48, 60, 72, 100])
-def test_architectures(text, layers):
-    model, _ = build(text, f"transformer_lm_admin_{layers}", "--admin-init", "logn")
+def test_architectures(build_lm, layers):
+    model, _, _ = build_lm(f"transformer_lm_admin_{layers}", "--admin-init", "logn")
     omegas = [norm.omega[0].item() for norm in sub_layers(model).values()]
     assert omegas == pytest.approx([1.0] + [logn_omega(2 * layers)] * (2 * layers - 1))
 
 
-def test_padding_is_not_measured(text):
-    model, task = build(text, "transformer_lm_admin_6", "--dropout", "0")
+def test_padding_is_not_measured(build_lm):
+    model, task, _ = build_lm("transformer_lm_admin_6", "--dropout", "0")
     tokens = torch.randint(4, len(task.source_dictionary), (3, 9))
     padded = torch.cat([tokens, tokens.new_full((3, 4), task.source_dictionary.pad())], dim=1)
     exact, with_padding = (
@@ -142,15 +102,15 @@ def test_padding_is_not_measured(text):
 
 def test_an_encoder_decoder_is_refused(text, tmp_path):
     result = run(
-        "fairseq-train", *command(text, tmp_path / "save", "transformer_lm_admin", "--arch", "transformer_admin")
+        "fairseq-train", *lm_command(text, tmp_path / "save", "transformer_lm_admin", "--arch", "transformer_admin")
     )
     assert result.code != 0
     assert "--arch transformer_lm_admin" in result.lines("admin_fairseq: error:")[0]
 
 
-def test_pre_ln_is_refused(text):
+def test_pre_ln_is_refused(build_lm):
     with pytest.raises(AdminError, match="Post-LN"):
-        build(text, "transformer_lm_admin", "--decoder-normalize-before")
+        build_lm("transformer_lm_admin", "--decoder-normalize-before")
 
 
 def test_hydra(text, trained, tmp_path):

@@ -12,12 +12,11 @@ from argparse import Namespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import checkpoint, run, train
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from fairseq.logging import meters
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
-from test_train import generate
+from helpers import checkpoint, generate, run, train
 
 from admin_fairseq import AdminError
 from admin_fairseq.checkpoint import _SafePickle, load

@@ -5,9 +5,8 @@ import re
 
 import pytest
 import torch
-from conftest import checkpoint
 from fairseq.logging import progress_bar
-from test_options import train_here
+from helpers import checkpoint, train_here
 
 from admin_fairseq.metrics import statistics
 

@@ -7,12 +7,10 @@ import re
 
 import pytest
 import torch
-from conftest import DEFAULT_COMBINATION, ROOT, TINY, TRAIN, checkpoint, run
-from fairseq import checkpoint_utils, options
+from fairseq import checkpoint_utils
 from fairseq.criterions import CRITERION_REGISTRY
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models.transformer import TransformerConfig
-from fairseq_cli import train as fairseq_train
+from helpers import DEFAULT_COMBINATION, ROOT, checkpoint, run, train_here
 
 from admin_fairseq.errors import explain
 
@@ -34,25 +32,6 @@ def corpora(data, tmp_path_factory):
     assert run("fairseq-preprocess", *pairs, "--align-suffix", "align", "--destdir", folder / "pairs").code == 0
     assert run("fairseq-preprocess", *text, "--destdir", folder / "text").code == 0
     return folder
-
-
-def train_here(arch, data, save_dir, flags, on_gpu=False):
-    """fairseq-train's main function; returns its configuration."""
-    flags, criterion = flags.split(), ["--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"]
-    start = TRAIN.index("--criterion")
-    base = [*TINY, *TRAIN[:start], *TRAIN[start + len(criterion) :]]
-    assert TRAIN[start : start + len(criterion)] == criterion
-    if "language_modeling" in flags:
-        base[: len(TINY)] = ["--decoder-embed-dim", "32", "--decoder-ffn-embed-dim", "64", "--decoder-layers", "2"]
-    elif "--criterion" not in flags:
-        base += criterion
-    if on_gpu:
-        base.remove("--cpu")
-    parser = options.get_training_parser()
-    argv = [str(data), "--arch", arch, "--save-dir", str(save_dir), "--max-update", "2", *base, *flags]
-    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, argv))
-    fairseq_train.main(cfg)
-    return cfg
 
 
 def data_for(flags, data, corpora):

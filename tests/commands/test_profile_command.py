@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, TRAIN
 from fairseq.trainer import Trainer
+from helpers import TINY, TRAIN
 
 from admin_fairseq import AdminError
 from admin_fairseq.analysis import spread

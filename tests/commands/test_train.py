@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TRAIN, checkpoint, needs_stock_translation, run, train
+from helpers import (
+    TRAIN,
+    assert_refused,
+    assert_same_checkpoint,
+    checkpoint,
+    generate,
+    hypotheses,
+    needs_stock_translation,
+    omegas,
+    run,
+    train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -17,23 +28,6 @@ def trained(data, tmp_path_factory):
     result = train(data, folder, "--save-interval-updates", "4", updates=8)
     assert result.code == 0, result.output
     return folder, result
-
-
-def omegas(path):
-    return {name: weight for name, weight in checkpoint(path)["model"].items() if name.endswith(".omega")}
-
-
-def assert_same_checkpoint(first, second):
-    """Bit-identical weights and optimizer state."""
-    first, second = checkpoint(first), checkpoint(second)
-    assert first["model"].keys() == second["model"].keys()
-    for name, weight in first["model"].items():
-        if not name.endswith("._float_tensor"):  # fairseq 0.12.2's placeholder, never initialised
-            assert torch.equal(weight, second["model"][name]), name
-    states = [state["last_optimizer_state"]["state"] for state in (first, second)]
-    assert states[0].keys() == states[1].keys()
-    for key, values in states[0].items():
-        assert torch.equal(values["exp_avg_sq"], states[1][key]["exp_avg_sq"])
 
 
 def test_profiles_by_itself(trained):
@@ -184,21 +178,6 @@ def test_unit_omega_starts_as_stock(data, tmp_path):
     assert first[0] == first[1]  # later ones differ: omega is trained
 
 
-def generate(data, path, *arguments, cwd=ROOT):
-    return run(
-        *("fairseq-generate", data, "--path", path, "--cpu", "--beam", "3", "--max-len-b", "20"),
-        # newer fairseq drops the last batch, in generation too, unless its size is a multiple of this (default 8)
-        *("--max-tokens", "800", "--required-batch-size-multiple", "1", *arguments),
-        cwd=cwd,
-    )
-
-
-def hypotheses(result):
-    """Score and text of every hypothesis."""
-    assert result.code == 0, result.output
-    return [line for line in result.output.splitlines() if line.startswith("H-")]
-
-
 def test_generate_needs_only_the_checkpoint(trained, data, tmp_path):
     folder, _ = trained
     shutil.copy(folder / "checkpoint_last.pt", tmp_path / "alone.pt")
@@ -275,15 +254,6 @@ def broken_data(data, tmp_path):
         return folder
 
     return copy
-
-
-def assert_refused(result, needle, save_dir):
-    """One line on stderr that says what is wrong, no traceback, a non-zero exit, and nothing written."""
-    assert result.code != 0
-    assert "Traceback" not in result.output, result.output
-    (line,) = result.lines("admin_fairseq: error:")
-    assert needle in line
-    assert not save_dir.exists() or not list(save_dir.iterdir())
 
 
 @pytest.mark.parametrize(

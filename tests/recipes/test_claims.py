@@ -5,7 +5,7 @@ import shlex
 import sys
 
 import pytest
-from test_compare import WIDTHS
+from helpers import WIDTHS
 
 from admin_fairseq import AdminError
 from benchmarks import claims, compare

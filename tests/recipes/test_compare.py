@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY
 from fairseq.data import Dictionary
 from fairseq.scoring.bleu import BleuConfig, Scorer
+from helpers import ROOT, WIDTHS
 
 from admin_fairseq import AdminError
 from admin_fairseq.analysis.figures import COLOURS, DASHES
@@ -29,7 +29,6 @@ from benchmarks.divergence import context_free_perplexities, judge
 from benchmarks.figures import panels
 
 UNIGRAM, POSITIONAL = 288.0, 174.0
-WIDTHS = [*TINY[:8], "--max-tokens", "600", "--cpu"]
 
 
 def curve(function: Any, updates: int = 800, noise: float = 0.03) -> list[tuple[int, float]]:

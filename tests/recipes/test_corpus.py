@@ -13,14 +13,11 @@ import subprocess
 import sys
 import tarfile
 
+import corpus
 import grammar
 import pytest
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "examples" / "common"))
-
-import corpus
 import score
+from helpers import ROOT
 
 
 def test_clean_keeps_what_mosess_rule_keeps():

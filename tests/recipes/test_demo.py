@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import grammar
-from conftest import ROOT, needs_stock_translation
+from helpers import ROOT, needs_stock_translation
 
 
 def test_corpus_is_deterministic_and_unambiguous():

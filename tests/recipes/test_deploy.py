@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import http.client
 import json
 import os
@@ -19,12 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from test_recipes import finished, lines, script  # noqa: F401  (a fixture)
+from helpers import ROOT
+from toy import lines, script
 
 for module in ("ctranslate2", "starlette", "uvicorn"):
     pytest.importorskip(module, reason=f"{module} is not there: pip install '.[deploy]'")
-sys.path[:0] = [str(ROOT / "examples" / name) for name in ("common", "deploy")]
 
 import convert  # noqa: E402
 import serve  # noqa: E402
@@ -70,21 +68,16 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def folder(finished, tmp_path_factory) -> Path:  # noqa: F811
-    """A recipe's data and run, evaluated, and served once; made once for all test processes."""
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder = base / "deploy"
-    data = finished("multi30k_de_en")[0] / "data"
-    with (base / "deploy.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "run" / "deploy").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(data, folder / "data")
-            result = script("multi30k_de_en", "train", "evaluate", folder=folder, EXTRA=OPTIONS, BEAM="5", **LEARN)
-            assert result.returncode == 0, result.stdout
-            Server(folder / "run", folder / "log").stop()
-    return folder
+def folder(finished, once) -> Path:
+    """A recipe's data and run, evaluated, and served once."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(finished("multi30k_de_en")[0] / "data", folder / "data")
+        result = script("multi30k_de_en", "train", "evaluate", folder=folder, EXTRA=OPTIONS, BEAM="5", **LEARN)
+        assert result.returncode == 0, result.stdout
+        Server(folder / "run", folder / "log").stop()
+
+    return once("deploy", make)
 
 
 @pytest.fixture(scope="module")
@@ -443,7 +436,7 @@ def test_converts_again_what_is_older_than_the_checkpoint(calls, tmp_path, monke
 def test_what_cannot_be_converted(folder, tmp_path):
     def message(*arguments):
         command = [sys.executable, ROOT / "examples/deploy/convert.py", *arguments]
-        finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # noqa: F811
+        finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert finished.returncode == 1
         return finished.stdout.splitlines()
 

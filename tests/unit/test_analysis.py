@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+from helpers import TINY, train_here
 from torch import nn
 
 from admin_fairseq import AdminError, cli
@@ -333,8 +333,6 @@ def test_commands(analyze, data, tmp_path, capsys):
 
 
 def test_a_checkpoint_is_measured_before_and_after(analyze, data, tmp_path):
-    from test_options import train_here
-
     train_here("transformer_admin", data, tmp_path, "")
     path = tmp_path / "checkpoint_last.pt"
     analyze("dependency", data, "--cpu", "--out", tmp_path / "out", "--path", path)

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import needs_stock_translation
 from fairseq.data.data_utils import collate_tokens
 from fairseq.dataclass.configs import FairseqConfig, GenerationConfig
 from fairseq.modules import MultiheadAttention
 from fairseq.sequence_scorer import SequenceScorer
+from helpers import needs_stock_translation
 
 from admin_fairseq import attention
 from admin_fairseq.attention import AlignsOnDemand, FastAttention

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import needs_stock_translation
 from fairseq.dataclass.configs import FairseqConfig, GenerationConfig
+from helpers import needs_stock_translation
 
 from admin_fairseq import attention
 from admin_fairseq.beams import by_sentence, repeats

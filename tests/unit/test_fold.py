@@ -16,12 +16,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import checkpoint, needs_stock_translation, run, train
 from fairseq import models, utils
 from fairseq.models.transformer import TransformerConfig
+from helpers import TINY, TRAIN, checkpoint, needs_stock_translation, run, train
 from omegaconf import OmegaConf
-from test_language_model import build as build_lm
-from test_language_model import text  # noqa: F401  (a fixture)
 
 from admin_fairseq import AdminError, sub_layers
 from admin_fairseq.checkpoint import load, settings
@@ -159,14 +157,14 @@ def test_one_stack_is_untied(build, batch, double_softmax, stack):
     ],
     ids=" ".join,
 )
-def test_language_model(text, double_softmax, options):  # noqa: F811
+def test_language_model(build_lm, double_softmax, options):
     if "--adaptive-input" in options:
         options = [*options[:3], "--adaptive-softmax-cutoff", "100", "--tie-adaptive-weights"]
     elif (
         "--scale-fc" in options and "scale_fc" not in models.MODEL_DATACLASS_REGISTRY["transformer_lm"].__annotations__
     ):
         pytest.skip("not in this fairseq")
-    admin, task = build_lm(text, "transformer_lm_admin", "--decoder-layers", "3", *options)
+    admin, task, _ = build_lm("transformer_lm_admin", "--decoder-layers", "3", *options)
     has_norm = "--layernorm-embedding" in options
     randomise(admin, first=has_norm or "--adaptive-input" not in options).double()
     cfg = OmegaConf.create({"task": task.cfg, "model": {"_name": "transformer_lm_admin"}})
@@ -442,8 +440,6 @@ def test_translates_without_the_plugin(trained, data):
 
 @needs_stock_translation
 def test_resumes_without_the_plugin(trained, data, tmp_path):
-    from conftest import TINY, TRAIN
-
     output = without_plugin(
         trained,
         *("fairseq-train", data, "--arch", "transformer", *TINY, *TRAIN, *SHARED, "--max-update", "9"),

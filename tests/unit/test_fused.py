@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from fairseq.modules import FairseqDropout
-from test_norm import norm_with_values
+from helpers import norm_with_values
 from torch import nn
 
 from admin_fairseq import AdminError, fused

@@ -5,8 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, TRAIN, checkpoint
-from test_options import train_here
+from helpers import TINY, TRAIN, checkpoint, train_here
 
 from admin_fairseq import AdminError, sub_layers
 from admin_fairseq.analysis import gradients

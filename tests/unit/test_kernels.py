@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import run_alone
+from helpers import run_alone
 
 from admin_fairseq import fused
 

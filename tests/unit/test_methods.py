@@ -8,12 +8,11 @@ from argparse import Namespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import checkpoint, needs_stock_translation
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from fairseq_cli import generate as fairseq_generate
-from test_options import train_here
+from helpers import checkpoint, needs_stock_translation, train_here
 
 from admin_fairseq import AdminError
 from admin_fairseq.architectures import METHODS

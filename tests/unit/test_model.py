@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import TINY
+from helpers import TINY
 
 from admin_fairseq import AdminError, logn_omega, profile, sub_layers
 from admin_fairseq.model import set_omega

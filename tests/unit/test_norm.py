@@ -1,14 +1,8 @@
 import torch
+from helpers import norm_with_values
 from torch import nn
 
 from admin_fairseq.norm import OmegaLayerNorm
-
-
-def norm_with_values(dim: int = 6, dropout: nn.Module = None) -> OmegaLayerNorm:
-    norm = OmegaLayerNorm(dim, dropout or nn.Identity()).double()
-    for parameter in norm.parameters():
-        nn.init.normal_(parameter, mean=1.0)
-    return norm
 
 
 def test_equation():

@@ -8,10 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import checkpoint, train
 from fairseq.optim.adam import Adam, FairseqAdam, FairseqAdamConfig
-from test_options import train_here
-from test_train import assert_refused, assert_same_checkpoint
+from helpers import assert_refused, assert_same_checkpoint, checkpoint, train, train_here
 
 from admin_fairseq import AdminError
 from admin_fairseq.optim import FusedAdam, RAdam, fuse

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import csv
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, needs_stock_translation
 from fairseq import criterions
+from helpers import needs_stock_translation
 
 pytest.importorskip("matplotlib", reason="matplotlib is not there: pip install '.[demo]'")
-sys.path.insert(0, str(ROOT))
 
 from admin_fairseq import AdminError
 from benchmarks import speed
