@@ -16,6 +16,7 @@ import forked
 import pytest
 import torch
 from fairseq import options, tasks
+from fairseq.dataclass.configs import FairseqConfig, GenerationConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from fairseq_cli import train as fairseq_train
@@ -201,6 +202,37 @@ def train_here(arch, data, save_dir, flags, on_gpu=False):
     cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, argv))
     fairseq_train.main(cfg)
     return cfg
+
+
+def unsettle(model: nn.Module) -> None:
+    """Move what starts at 0 or 1, so that the model's equation shows: norms, omegas, biases, ReZero's factors."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "layer_norm" in name or name.endswith(("bias", "rezero_weight")):
+                weight.add_(torch.randn_like(weight) * 0.3)
+
+
+def loss_and_gradients(model, task, cfg, sample):
+    criterion = task.build_criterion(cfg.criterion)
+    torch.manual_seed(11)
+    model.train()
+    loss, _, _ = criterion(model, sample)
+    loss.backward()
+    return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def prepared(model, print_alignment=None):
+    """As fairseq-generate prepares it."""
+    cfg = FairseqConfig()
+    cfg.generation.print_alignment = print_alignment
+    model.eval().prepare_for_inference_(cfg)
+    return model
+
+
+def translate(models, task, sample, **settings):
+    """Three hypotheses a sentence, in a row."""
+    generator = task.build_generator(models, GenerationConfig(beam=3, max_len_b=12, **settings))
+    return [beam for sentence in task.inference_step(generator, models, sample) for beam in sentence]
 
 
 def norm_with_values(dim: int = 6, dropout: nn.Module = None) -> OmegaLayerNorm:

@@ -8,10 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fairseq.data.data_utils import collate_tokens
-from fairseq.dataclass.configs import FairseqConfig, GenerationConfig
 from fairseq.modules import MultiheadAttention
 from fairseq.sequence_scorer import SequenceScorer
-from helpers import needs_stock_translation
+from helpers import needs_stock_translation, prepared, translate
 
 from admin_fairseq import attention
 from admin_fairseq.attention import AlignsOnDemand, FastAttention
@@ -33,14 +32,6 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(attention, "F", SimpleNamespace(scaled_dot_product_attention=spy, linear=F.linear))
     return seen
-
-
-@pytest.fixture
-def exact_softmax(monkeypatch):
-    """fairseq's own cross-attention computes its softmax in float32, whatever the weights' precision."""
-    from fairseq import utils
-
-    monkeypatch.setattr(utils, "softmax", lambda x, dim, onnx_trace=False: F.softmax(x, dim=dim))
 
 
 @pytest.fixture
@@ -297,13 +288,6 @@ def weights(model, net_input, **kwargs):
     return attention and attention[0]
 
 
-def prepared(model, print_alignment=None):
-    cfg = FairseqConfig()
-    cfg.generation.print_alignment = print_alignment
-    model.eval().prepare_for_inference_(cfg)
-    return model
-
-
 def test_attention_weights_are_computed_on_demand(pair, batch):
     stock, ours, _ = pair()
     net_input = batch()["net_input"]
@@ -328,22 +312,16 @@ def test_alignment_criterion_gets_its_weights(build, batch):
     assert weights(model.train(), batch()["net_input"]) is not None
 
 
-def translations(model, task, sample, **settings):
-    generator = task.build_generator([model], GenerationConfig(beam=3, max_len_b=8, **settings))
-    hypotheses = task.inference_step(generator, [model], sample)
-    return [hypothesis for beam in hypotheses for hypothesis in beam]
-
-
 @needs_stock_translation
 def test_translations_are_stocks(build, batch):
     """Tokens, scores, attention and alignments; also if the model was prepared for none, as torch.hub's is."""
-    sample = batch(4)
+    sample = batch(5)
     for prepared_for, print_alignment in ((None, None), ("hard", "hard"), (None, "hard"), (None, "soft")):
         found = []
         for arch in ("transformer", "transformer_admin"):
             model, task, _ = build(arch)
-            found.append(translations(prepared(model, prepared_for), task, sample, print_alignment=print_alignment))
-        assert len(found[0]) == len(found[1]) == 3 * 4
+            found.append(translate([prepared(model, prepared_for)], task, sample, print_alignment=print_alignment))
+        assert len(found[0]) == len(found[1]) == 3 * 5
         for stock, ours in zip(*found):
             assert torch.equal(stock["tokens"], ours["tokens"])
             torch.testing.assert_close(stock["positional_scores"], ours["positional_scores"])
@@ -367,17 +345,3 @@ def test_scores_of_an_ensemble_with_a_stock_model(build, batch):
     scorer = SequenceScorer(task.target_dictionary)
     for one, other in zip(scorer.generate(models, sample), scorer.generate(models[::-1], sample)):
         torch.testing.assert_close(one[0]["positional_scores"], other[0]["positional_scores"])
-
-
-def test_incremental_decoding(build, batch):
-    """Step by step, by fairseq's own cache, gives what the fused kernels give at once."""
-    model, _, _ = build("transformer_admin", "--admin-init", "logn")
-    prepared(model)
-    net_input = batch()["net_input"]
-    encoder_out = model.encoder(net_input["src_tokens"], net_input["src_lengths"])
-    tokens = net_input["prev_output_tokens"]
-    full, state = model.decoder(tokens, encoder_out)[0], {}
-    for step in range(tokens.shape[1]):
-        one = model.decoder(tokens[:, : step + 1], encoder_out, incremental_state=state)[0][:, 0]
-        keep = tokens[:, step].ne(PAD)
-        torch.testing.assert_close(one[keep], full[keep, step], rtol=1e-4, atol=1e-5)

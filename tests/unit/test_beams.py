@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from fairseq.dataclass.configs import FairseqConfig, GenerationConfig
-from helpers import needs_stock_translation
+from helpers import prepared, translate
 
 from admin_fairseq import attention
 from admin_fairseq.beams import by_sentence, repeats
@@ -14,7 +13,7 @@ from admin_fairseq.beams import by_sentence, repeats
 pytestmark = pytest.mark.skipif(
     not hasattr(F, "scaled_dot_product_attention"), reason="before torch 2.0 attention is fairseq's own"
 )
-BEAM = 3
+BEAM = 3  # of helpers.translate
 EOS = 2  # with which fairseq's decoder starts, too
 OPTIONS = ("transformer_admin", "--admin-init", "logn")
 
@@ -25,7 +24,7 @@ def model(build):
 
     def model(*options):
         model, task, _ = build(*OPTIONS, *options)
-        model.eval().prepare_for_inference_(FairseqConfig())
+        prepared(model)
         with torch.no_grad():  # some sentences end early
             model.decoder.output_projection.weight[EOS] *= 2
         return model, task
@@ -48,11 +47,6 @@ def saved(monkeypatch):
     return seen
 
 
-def translate(models, task, sample, **settings):
-    generator = task.build_generator(models, GenerationConfig(beam=BEAM, max_len_b=12, **settings))
-    return [beam for sentence in task.inference_step(generator, models, sample) for beam in sentence]
-
-
 def assert_same(expected, found):
     assert len(expected) == len(found)
     for theirs, ours in zip(expected, found):
@@ -73,17 +67,6 @@ def test_translations(model, batch, saved, models):
         lengths = {len(hypothesis["tokens"]) for hypothesis in found[0]}
         assert len(lengths) > 1, "sentences should leave the batch at different steps"
     assert saved and max(saved) == 4
-
-
-@needs_stock_translation
-def test_the_plain_model_too(build, batch):
-    """Against the stock architecture: no class of ours is in it."""
-    found = []
-    for arch in ("transformer", "transformer_admin"):
-        model, task, _ = build(arch)
-        model.eval().prepare_for_inference_(FairseqConfig())
-        found.append(translate([model], task, batch(5)))
-    assert_same(*found)
 
 
 def decode(model, net_input, orders, is_incremental):

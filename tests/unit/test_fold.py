@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fairseq import models, utils
+from fairseq import models
 from fairseq.models.transformer import TransformerConfig
 from helpers import TINY, TRAIN, checkpoint, needs_stock_translation, run, train
 from omegaconf import OmegaConf
@@ -31,12 +31,6 @@ from admin_fairseq.verify import build as build_from
 from admin_fairseq.verify import verify
 
 NO_DROPOUT = ["--dropout", "0"]
-
-
-@pytest.fixture
-def double_softmax(monkeypatch):
-    """fairseq's own takes attention's softmax in float32, which hides what float64 would show."""
-    monkeypatch.setattr(utils, "softmax", lambda x, dim, onnx_trace=False: F.softmax(x, dim=dim))
 
 
 def randomise(model, first=False, size=None):
@@ -100,7 +94,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=" ".join)
-def test_computes_the_same(build, batch, double_softmax, options):
+def test_computes_the_same(build, batch, exact_softmax, options):
     if "--merge-src-tgt-embed" in options and "merge_src_tgt_embed" not in TransformerConfig.__dataclass_fields__:
         pytest.skip("not in this fairseq")
     admin, task, cfg = build("transformer_admin", *options)
@@ -115,7 +109,7 @@ def test_computes_the_same(build, batch, double_softmax, options):
 
 @pytest.mark.parametrize("omega", ["vector", "number"])
 @pytest.mark.parametrize("options", VARIANTS[:-3], ids=" ".join)
-def test_trained_first_omega(build, batch, double_softmax, options, omega):
+def test_trained_first_omega(build, batch, exact_softmax, options, omega):
     """By untying, or into a map that ends in the stack's input: exact either way."""
     admin, task, cfg = build("transformer_admin", *options)
     state = state_of(randomise(admin, first=True).double(), cfg)
@@ -137,7 +131,7 @@ def test_trained_first_omega(build, batch, double_softmax, options, omega):
 
 
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
-def test_one_stack_is_untied(build, batch, double_softmax, stack):
+def test_one_stack_is_untied(build, batch, exact_softmax, stack):
     admin, task, cfg = build("transformer_admin", *SHARED)
     with torch.no_grad():
         next(iter(sub_layers(getattr(admin, stack)).values())).omega.uniform_(0.5, 2)
@@ -157,7 +151,7 @@ def test_one_stack_is_untied(build, batch, double_softmax, stack):
     ],
     ids=" ".join,
 )
-def test_language_model(build_lm, double_softmax, options):
+def test_language_model(build_lm, exact_softmax, options):
     if "--adaptive-input" in options:
         options = [*options[:3], "--adaptive-softmax-cutoff", "100", "--tie-adaptive-weights"]
     elif (
@@ -177,7 +171,7 @@ def test_language_model(build_lm, double_softmax, options):
 
 
 @pytest.mark.parametrize("form", ["legacy", "hydra"])
-def test_forms_of_settings(build, batch, double_softmax, form):
+def test_forms_of_settings(build, batch, exact_softmax, form):
     admin, task, cfg = build("transformer_admin", *SHARED)
     state = state_of(randomise(admin).double(), cfg)
     flat = vars(state["cfg"]["model"])
@@ -296,7 +290,7 @@ def adam_state(model, sample):
 
 
 @pytest.mark.parametrize("options", [[], SHARED, ["--layernorm-embedding", "--share-decoder-input-output-embed"]])
-def test_optimizer_state(build, batch, double_softmax, options):
+def test_optimizer_state(build, batch, exact_softmax, options):
     """The moments are those that the folded model's own gradients have."""
     admin, task, cfg = build("transformer_admin", *options, *NO_DROPOUT)
     state = state_of(randomise(admin).double(), cfg)

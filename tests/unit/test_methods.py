@@ -1,40 +1,44 @@
-"""The methods beside Admin: each against its equation, and from training to translations."""
+"""Every method against its equation, and what all of them have in common; Admin's own tests are in test_model.py."""
 
-import logging
 import math
-import re
 from argparse import Namespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from fairseq import options
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
-from fairseq_cli import generate as fairseq_generate
-from helpers import checkpoint, needs_stock_translation, train_here
+from helpers import loss_and_gradients, prepared, unsettle
 
-from admin_fairseq import AdminError
+from admin_fairseq import AdminError, logn_omega, sub_layers
 from admin_fairseq.architectures import METHODS
 from admin_fairseq.methods import deepnorm_constants
 
-# the stock model and Admin itself have tests of their own
-RULES = ("rezero", "rezero_postln", "deepnorm", "looklinear", "b2t", "residual")
+# Post-LN and Pre-LN are fairseq's own model, and the other names with Admin's model are options of it
+OURS = [method for method, (model, *_) in METHODS.items() if model != "transformer"]
+EQUATIONS = [method for method in OURS if METHODS[method][0] == f"transformer_{method}"]
+
+DEPTHS = {
+    **{"": (6, 6), "_6_6": (6, 6), "_12_12": (12, 12), "_18_18": (18, 18), "_60_12": (60, 12), "_72": (60, 12)},
+    **{"_100_100": (100, 100), "_200": (100, 100)},
+}
+FFN_WIDTHS = {"_iwslt_de_en": 1024, "_wmt_en_de": 2048, "_wmt_en_de_big": 4096}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_names(method):
-    """The same names of width and depth for every method."""
-    for suffix, layers in {"": (6, 6), "_18_18": (18, 18), "_72": (60, 12), "_200": (100, 100)}.items():
-        args = Namespace()
-        ARCH_CONFIG_REGISTRY[f"transformer_{method}{suffix}"](args)
-        assert (args.encoder_layers, args.decoder_layers) == layers
-        assert args.encoder_normalize_before is args.decoder_normalize_before is (method == "preln")
-    for suffix, width in {"_iwslt_de_en": 1024, "_wmt_en_de": 2048, "_wmt_en_de_big": 4096}.items():
-        args = Namespace()
-        ARCH_CONFIG_REGISTRY[f"transformer_{method}{suffix}"](args)
-        assert args.encoder_ffn_embed_dim == width
-        assert ARCH_MODEL_REGISTRY[f"transformer_{method}{suffix}"] is ARCH_MODEL_REGISTRY[f"transformer_{method}"]
+    """The same names of width and depth for every method; everything else is the stock architecture's."""
+    for suffix in (*DEPTHS, *FFN_WIDTHS):
+        name, stock_name = f"transformer_{method}{suffix}", f"transformer{suffix if suffix in FFN_WIDTHS else ''}"
+        ours, stock = Namespace(), Namespace()
+        ARCH_CONFIG_REGISTRY[name](ours)
+        ARCH_CONFIG_REGISTRY[stock_name](stock)
+        assert ARCH_MODEL_REGISTRY[name] is ARCH_MODEL_REGISTRY[f"transformer_{method}"]
+        assert (ours.encoder_layers, ours.decoder_layers) == DEPTHS.get(suffix, (6, 6))
+        assert ours.encoder_normalize_before is ours.decoder_normalize_before is (method == "preln")
+        assert ours.encoder_ffn_embed_dim == FFN_WIDTHS.get(suffix, 2048)
+        for option in ("encoder_layers", "decoder_layers", "encoder_normalize_before", "decoder_normalize_before"):
+            delattr(stock, option)
+        assert vars(stock).items() <= vars(ours).items()
 
 
 def layer_norm(norm, x):
@@ -54,6 +58,8 @@ def reference_stack(method, stack, x, branches_of, layers):
         for number, (f, norm) in enumerate(branches, start=1):
             if method == "rezero":
                 x = x + layer.rezero_weight * f(x)
+            elif method == "admin":
+                x = layer_norm(norm, norm.omega * x + f(x))
             elif method == "rezero_postln":
                 x = layer_norm(norm, x + layer.rezero_weight * f(x))
             elif method == "deepnorm":
@@ -71,14 +77,11 @@ def reference_stack(method, stack, x, branches_of, layers):
     return x + layer_norm(stack.layer_norm, s) if method == "residual" else x
 
 
-@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("method", EQUATIONS)
 def test_equation(method, build, batch):
     """Encoder and decoder output on real sentences, with weights that are no longer special."""
     model, _, _ = build(f"transformer_{method}", "--dropout", "0")
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "layer_norm" in name or name.endswith(("bias", "rezero_weight")):
-                weight.add_(torch.randn_like(weight) * 0.3)
+    unsettle(model)
     model.eval()
     sample = batch(same_length=True)["net_input"]
     source, target = sample["src_tokens"], sample["prev_output_tokens"]
@@ -113,6 +116,70 @@ def test_equation(method, build, batch):
     decoded = reference_stack(method, decoder, x, decoder_branches, (3, 2)).transpose(0, 1)
     actual = model(source, sample["src_lengths"], target, features_only=True)[0]
     torch.testing.assert_close(actual, decoded, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["--checkpoint-activations", "--offload-activations"])
+@pytest.mark.parametrize("method", OURS)
+def test_checkpointed_activations_give_the_same_gradients(method, option, build, batch):
+    """Dropout is inside what is replayed, so its masks are the same the second time."""
+    results = []
+    for extra in ([], [option]):
+        model, task, cfg = build(f"transformer_{method}", "--dropout", "0.3", *extra)
+        torch.manual_seed(7)
+        unsettle(model)
+        results.append(loss_and_gradients(model, task, cfg, batch()))
+    (expected_loss, expected), (loss, gradients) = results
+    assert loss == expected_loss
+    assert gradients.keys() == expected.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_prepared", [False, True])
+@pytest.mark.parametrize("method", OURS)
+def test_incremental_decoding_equals_full_decoding(method, is_prepared, build, batch):
+    """By fairseq's own cache step by step, with padding once the model is prepared as fairseq-generate does."""
+    model, _, _ = build(f"transformer_{method}")
+    unsettle(model)
+    model = prepared(model) if is_prepared else model.eval()
+    net_input = batch(same_length=not is_prepared)["net_input"]
+    encoder_out = model.encoder(net_input["src_tokens"], net_input["src_lengths"])
+    tokens, state = net_input["prev_output_tokens"], {}
+    full, _ = model.decoder(tokens, encoder_out)
+    for step in range(tokens.shape[1]):
+        one, _ = model.decoder(tokens[:, : step + 1], encoder_out, incremental_state=state)
+        keep = tokens[:, step].ne(model.decoder.padding_idx)
+        torch.testing.assert_close(one[keep, 0], full[keep, step], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--encoder-normalize-before", "--decoder-normalize-before", "--ddp-backend fully_sharded"]
+)
+@pytest.mark.parametrize("method", OURS)
+def test_pre_ln_and_sharding_are_refused(method, flags, build):
+    with pytest.raises(AdminError, match=flags.split()[-1]):
+        build(f"transformer_{method}", *flags.split())
+
+
+@pytest.mark.parametrize(("option", "width"), [("vector", 32), ("scalar", 1), ("fixed", 32)])
+def test_omega_options(option, width, build):
+    """Trained but for the first of each stack, unless it is fixed."""
+    model, _, _ = build(f"transformer_admin{'' if option == 'vector' else f'_{option}'}")
+    for stack in (model.encoder, model.decoder):
+        omegas = [norm.omega for norm in sub_layers(stack).values()]
+        assert {(type(omega), *omega.shape) for omega in omegas} == {(torch.nn.Parameter, width)}
+        assert [omega.requires_grad for omega in omegas] == [False] + [option != "fixed"] * 5
+
+
+@pytest.mark.parametrize("arguments", ["admin --admin-init logn", "admin_logn", "admin_sqrt"])
+def test_closed_forms(arguments, build):
+    """microsoft/admin-torch's two output changes, O(log n) and O(1), with n sub-layers of a stack."""
+    assert logn_omega(200) == pytest.approx((201 / 5.303304908 - 1) ** 0.5)  # its 200-sub-layer encoder's, 6.07...
+    model, _, _ = build(*f"transformer_{arguments}".split())
+    for stack, n in ((model.encoder, 6), (model.decoder, 6)):
+        expected = math.sqrt(n) if "sqrt" in arguments else math.sqrt((n + 1) / math.log(n + 1) - 1)
+        values = [norm.omega.unique().item() for norm in sub_layers(stack).values()]
+        assert values == pytest.approx([1.0] + [expected] * (n - 1))
 
 
 @pytest.mark.parametrize("method", ["rezero", "rezero_postln"])
@@ -210,82 +277,3 @@ def test_residual_keeps_no_stream(build, batch, monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         model(**net_input)
     assert layers[0].branch_sum is None
-
-
-@pytest.mark.parametrize("option", ["scalar", "fixed"])
-def test_omega_options(option, build):
-    model, _, _ = build(f"transformer_admin_{option}")
-    omegas = {name: p for name, p in model.named_parameters() if name.endswith(".omega")}
-    assert len(omegas) == 2 * 3 + 3 * 2
-    first = ("encoder.layers.0.self_attn_layer_norm.omega", "decoder.layers.0.self_attn_layer_norm.omega")
-    for name, omega in omegas.items():
-        assert omega.numel() == (1 if option == "scalar" else 32)
-        assert omega.requires_grad == (option == "scalar" and name not in first)
-
-
-@pytest.mark.parametrize("method", ["admin_logn", "admin_sqrt"])
-def test_closed_forms(method, build):
-    """microsoft/admin-torch's two output changes, O(log n) and O(1)."""
-    model, _, _ = build(f"transformer_{method}")
-    for stack, n in ((model.encoder, 6), (model.decoder, 6)):
-        expected = math.sqrt((n + 1) / math.log(n + 1) - 1) if method == "admin_logn" else math.sqrt(n)
-        values = [norm.omega[0].item() for name, norm in stack.named_modules() if hasattr(norm, "omega")]
-        assert values == pytest.approx([1] + [expected] * (n - 1))
-
-
-@pytest.mark.parametrize("method", RULES)
-def test_checkpointed_activations_give_the_same_gradients(method, build, batch):
-    sample, results = batch(), []
-    for extra in ([], ["--checkpoint-activations"]):
-        model, task, cfg = build(f"transformer_{method}", "--dropout", "0.3", *extra)
-        torch.manual_seed(11)
-        loss, _, _ = task.build_criterion(cfg.criterion)(model.train(), sample)
-        loss.backward()
-        results.append((loss, {name: p.grad for name, p in model.named_parameters()}))
-    assert results[0][0] == results[1][0]
-    for name, gradient in results[0][1].items():
-        torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", RULES)
-def test_pre_ln_and_sharding_are_refused(method, build):
-    with pytest.raises(AdminError, match="--decoder-normalize-before"):
-        build(f"transformer_{method}", "--decoder-normalize-before")
-    with pytest.raises(AdminError, match="fully_sharded"):
-        build(f"transformer_{method}", "--ddp-backend", "fully_sharded")
-
-
-@pytest.mark.parametrize(
-    "method", [pytest.param(m, marks=needs_stock_translation if m in ("postln", "preln") else ()) for m in METHODS]
-)
-def test_trains_resumes_and_generates(method, data, tmp_path, caplog, capsys):
-    """By fairseq's own main functions, in this process: two updates, two more from the checkpoint, translations."""
-    flags = "--dropout 0.1 --no-epoch-checkpoints --disable-validation"
-    train_here(f"transformer_{method}", data, tmp_path, flags)
-    caplog.set_level(logging.INFO)
-    train_here(f"transformer_{method}", data, tmp_path, f"{flags} --max-update 4")
-    assert "@ 2 updates" in caplog.text
-    assert checkpoint(tmp_path / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 4
-
-    path = ["--path", str(tmp_path / "checkpoint_last.pt"), "--cpu", "--beam", "2", "--max-len-b", "5"]
-    argv = [str(data), *path, "-s", "de", "-t", "en", "--required-batch-size-multiple", "1"]
-    parser = options.get_generation_parser()
-    fairseq_generate.main(convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, argv)))
-    assert len(re.findall(r"^H-\d+\t", capsys.readouterr().out, re.M)) == 30
-
-
-@pytest.mark.parametrize("method", RULES)
-def test_incremental_decoding_equals_full_decoding(method, build, batch):
-    model, _, _ = build(f"transformer_{method}")
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("rezero_weight"):
-                weight.fill_(0.7)
-    model.eval()
-    net_input = batch(same_length=True)["net_input"]
-    encoder_out = model.encoder(net_input["src_tokens"], net_input["src_lengths"])
-    tokens, state = net_input["prev_output_tokens"], {}
-    full, _ = model.decoder(tokens, encoder_out)
-    for step in range(tokens.shape[1]):
-        one, _ = model.decoder(tokens[:, : step + 1], encoder_out, incremental_state=state)
-        torch.testing.assert_close(one[:, 0], full[:, step], rtol=1e-4, atol=1e-5)

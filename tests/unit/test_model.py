@@ -1,51 +1,10 @@
 import pytest
 import torch
-from helpers import TINY
+from helpers import TINY, loss_and_gradients
 
-from admin_fairseq import AdminError, logn_omega, profile, sub_layers
-from admin_fairseq.model import set_omega
+from admin_fairseq import AdminError, profile, sub_layers
 
 WIDTH_8 = [*TINY[:8], "--encoder-embed-dim", "8", "--encoder-ffn-embed-dim", "8"]
-
-
-def loss_and_gradients(model, task, cfg, sample):
-    criterion = task.build_criterion(cfg.criterion)
-    torch.manual_seed(11)
-    model.train()
-    loss, _, _ = criterion(model, sample)
-    loss.backward()
-    return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.mark.parametrize(
-    ("arch", "layers"),
-    [
-        ("transformer_admin", (6, 6)),
-        ("transformer_admin_6_6", (6, 6)),
-        ("transformer_admin_12_12", (12, 12)),
-        ("transformer_admin_18_18", (18, 18)),
-        ("transformer_admin_60_12", (60, 12)),
-        ("transformer_admin_72", (60, 12)),
-        ("transformer_admin_100_100", (100, 100)),
-        ("transformer_admin_200", (100, 100)),
-        ("transformer_admin_iwslt_de_en", (6, 6)),
-        ("transformer_admin_wmt_en_de", (6, 6)),
-        ("transformer_admin_wmt_en_de_big", (6, 6)),
-    ],
-)
-def test_architectures(arch, layers):
-    """Depths by name; everything else as the stock architecture of the same suffix."""
-    from argparse import Namespace
-
-    from fairseq.models import ARCH_CONFIG_REGISTRY
-
-    ours, stock = Namespace(), Namespace()
-    ARCH_CONFIG_REGISTRY[arch](ours)
-    assert (ours.encoder_layers, ours.decoder_layers) == layers
-    name = arch.replace("_admin", "")
-    ARCH_CONFIG_REGISTRY[name if name in ARCH_CONFIG_REGISTRY else "transformer"](stock)
-    del stock.encoder_layers, stock.decoder_layers
-    assert vars(stock).items() <= vars(ours).items()
 
 
 def test_command_line_depth_wins(build):
@@ -63,14 +22,6 @@ def test_depth_comes_from_the_architecture_otherwise(data):
     model = tasks.setup_task(cfg.task).build_model(cfg.model)
     assert len(sub_layers(model.encoder)) == 2 * 60
     assert len(sub_layers(model.decoder)) == 3 * 12
-
-
-def test_omega_is_a_trainable_vector_but_for_the_first_of_each_stack(build):
-    model, _, _ = build("transformer_admin")
-    for stack in (model.encoder, model.decoder):
-        norms = list(sub_layers(stack).values())
-        assert {tuple(norm.omega.shape) for norm in norms} == {(32,)}
-        assert [norm.omega.requires_grad for norm in norms] == [False] + [True] * (len(norms) - 1)
 
 
 def test_sub_layers_come_in_forward_order(build, batch):
@@ -130,21 +81,6 @@ def test_no_fast_path_copies(build):
     assert not set(copies) & set(names)
 
 
-def test_incremental_decoding_equals_full_decoding(build, batch):
-    model, _, _ = build("transformer_admin")
-    for stack in (model.encoder, model.decoder):
-        set_omega(sub_layers(stack).values(), [1.0 + 0.1 * i for i in range(20)])
-    model.eval()
-    net_input = batch(same_length=True)["net_input"]
-    encoder_out = model.encoder(net_input["src_tokens"], net_input["src_lengths"])
-    tokens = net_input["prev_output_tokens"]
-    full, _ = model.decoder(tokens, encoder_out)
-    state = {}
-    for step in range(tokens.shape[1]):
-        one, _ = model.decoder(tokens[:, : step + 1], encoder_out, incremental_state=state)
-        torch.testing.assert_close(one[:, 0], full[:, step], rtol=1e-4, atol=1e-5)
-
-
 def test_stock_checkpoint_loads_with_omega_one(build, batch):
     stock, _, _ = build("transformer")
     admin, _, _ = build("transformer_admin", "--admin-init", "logn")
@@ -156,20 +92,9 @@ def test_stock_checkpoint_loads_with_omega_one(build, batch):
     torch.testing.assert_close(admin.eval()(**net_input)[0], stock.eval()(**net_input)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_closed_form(build):
-    """N sub-layers of a stack, microsoft/admin-torch's default; 12.3... for its 200-sub-layer encoder."""
-    assert logn_omega(200) == pytest.approx((201 / 5.303304908 - 1) ** 0.5)
-    model, _, _ = build("transformer_admin", "--admin-init", "logn")
-    for stack, count in ((model.encoder, 6), (model.decoder, 6)):
-        values = [norm.omega.unique().item() for norm in sub_layers(stack).values()]
-        assert values == pytest.approx([1.0] + [logn_omega(count)] * (count - 1))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--encoder-normalize-before"], "--encoder-normalize-before"),
-        (["--decoder-normalize-before"], "--decoder-normalize-before"),
         (["--admin-init", "unit", "--admin-profile", "x.json"], "exclude each other"),
         (["--admin-profile", "x.json", "--admin-profile-batches", "2"], "no effect"),
         (["--admin-init", "logn", "--admin-profile-batches", "2"], "no effect"),
@@ -179,18 +104,6 @@ def test_closed_form(build):
 def test_conflicting_options_are_refused(build, options, message):
     with pytest.raises(AdminError, match=message):
         build("transformer_admin", *options)
-
-
-@pytest.mark.parametrize("options", [["--checkpoint-activations"], ["--offload-activations"]])
-def test_checkpointed_activations_give_the_same_gradients(build, batch, options):
-    """Dropout is inside what is replayed, so its masks are the same the second time."""
-    settings = ("transformer_admin", "--dropout", "0.3", "--admin-init", "logn")
-    expected = loss_and_gradients(*build(*settings), batch())
-    loss, gradients = loss_and_gradients(*build(*settings, *options), batch())
-    assert loss == expected[0]
-    assert gradients.keys() == expected[1].keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[1][name], rtol=1e-5, atol=1e-6)
 
 
 def test_training_without_a_trainer_is_not_silent(build, batch, caplog):
