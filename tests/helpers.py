@@ -38,6 +38,7 @@ needs_stock_translation = pytest.mark.skipif(
     "_load_from_state_dict" in vars(TransformerEncoderLayerBase),  # which fills the inference-only copies
     reason="fairseq 0.12.2's own transformer cannot translate with torch 1.13 and newer",
 )
+needs_fused_adam = pytest.mark.skipif(torch.__version__ < "2.4", reason="torch before 2.4 has no fused Adam for CPUs")
 
 TINY = [
     *("--encoder-embed-dim", "32", "--encoder-ffn-embed-dim", "64"),

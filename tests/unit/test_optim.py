@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fairseq.optim.adam import Adam, FairseqAdam, FairseqAdamConfig
-from helpers import assert_refused, assert_same_checkpoint, checkpoint, train, train_here
+from helpers import needs_fused_adam
 
 from admin_fairseq import AdminError
 from admin_fairseq.optim import FusedAdam, RAdam, fuse
 
-needs_fused = pytest.mark.skipif(torch.__version__ < "2.4", reason="torch before 2.4 has no fused Adam for CPUs")
 HAS_DECOUPLED_DECAY = torch.__version__ >= "2.2"
 
 
@@ -51,27 +49,6 @@ def test_radam_without_decoupled_decay_is_refused():
         RAdam(config(weight_decay=0.1), [torch.nn.Parameter(torch.ones(1))])
 
 
-def test_radam_resumes_bit_identically(data, tmp_path):
-    options = ["--optimizer", "radam", "--adam-betas", "(0.9, 0.98)", "--save-interval-updates", "3"]
-    whole = train(data, tmp_path / "whole", *options, updates=7)
-    assert whole.code == 0, whole.output
-    (tmp_path / "parts").mkdir()
-    (tmp_path / "whole/checkpoint_1_3.pt").rename(tmp_path / "parts/checkpoint_last.pt")
-    parts = train(data, tmp_path / "parts", *options, updates=7)
-    assert parts.losses() == {update: loss for update, loss in whole.losses().items() if update > 3}
-    assert_same_checkpoint(*(tmp_path / name / "checkpoint_last.pt" for name in ("whole", "parts")))
-
-
-def test_novograd(data, tmp_path):
-    result = train(data, tmp_path, "--optimizer", "novograd", "--lr", "1e-2", updates=6)
-    if importlib.util.find_spec("pytorch_optimizer") is None:
-        assert_refused(result, "pip install pytorch-optimizer", tmp_path / "nothing")
-    else:
-        assert result.code == 0, result.output
-        losses = [float(loss.split()[0]) for loss in result.losses().values()]
-        assert losses[-1] < losses[0]
-
-
 def adams(dtype, **settings):
     """fairseq's Adam and ours after 20 updates on the same gradients, the second with every third parameter idle."""
     results = []
@@ -90,7 +67,7 @@ def adams(dtype, **settings):
     return results
 
 
-@needs_fused
+@needs_fused_adam
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 def test_fused_adam_is_fairseqs(dtype, tolerance, decay):
@@ -106,7 +83,7 @@ def test_fused_adam_is_fairseqs(dtype, tolerance, decay):
     assert states[0]["param_groups"] == states[1]["param_groups"]
 
 
-@needs_fused
+@needs_fused_adam
 @pytest.mark.parametrize("case", ["gradient", "parameter", "slice", "dtypes", "half", "amsgrad", "sparse"])
 def test_what_the_kernel_cannot_do_is_left_to_fairseq(case):
     """Memory in another order, several dtypes, another algorithm: to the bit what fairseq computes, or refuses."""
@@ -133,24 +110,6 @@ def test_what_the_kernel_cannot_do_is_left_to_fairseq(case):
         assert torch.equal(expected, got)
 
 
-@needs_fused
-def test_resumes_from_the_unfused_and_back(data, tmp_path):
-    """Clipping, decay, and the optimizer's state of one kind taken on by the other; the loss says it is the same."""
-    flags = "--clip-norm 0.5 --weight-decay 0.01 --dropout 0 --admin-fast"
-    losses = {}
-    for first, second in (("off", "off"), ("off", "all"), ("all", "off")):
-        folder = tmp_path / f"{first}-{second}"
-        train_here("transformer_admin", data, folder, f"{flags} {first}")
-        train_here("transformer_admin", data, folder, f"{flags} {second} --max-update 4")
-        last = checkpoint(folder / "checkpoint_last.pt")
-        assert last["optimizer_history"][-1]["num_updates"] == 4
-        # fairseq 0.12.2 keeps a buffer that it never fills
-        weights = [w.flatten() for name, w in last["model"].items() if not name.endswith("_float_tensor")]
-        losses[first, second] = torch.cat(weights)
-    for weights in losses.values():
-        torch.testing.assert_close(weights, losses["off", "off"], rtol=1e-4, atol=1e-5)
-
-
 def test_only_fairseqs_own_adam_is_replaced(monkeypatch, caplog):
     adam = FairseqAdam(adam_config(), [torch.nn.Parameter(torch.ones(2))])
     radam = RAdam(config(), [torch.nn.Parameter(torch.ones(2))])
@@ -163,7 +122,7 @@ def test_only_fairseqs_own_adam_is_replaced(monkeypatch, caplog):
     assert "fairseq's own Adam is used" in caplog.text
 
 
-@needs_fused
+@needs_fused_adam
 def test_old_adam_stays_and_a_state_of_apex_is_taken(monkeypatch):
     config = adam_config()
     config.use_old_adam = True
@@ -180,7 +139,7 @@ def test_old_adam_stays_and_a_state_of_apex_is_taken(monkeypatch):
     assert not torch.equal(p, torch.ones(2))
 
 
-@needs_fused
+@needs_fused_adam
 def test_adam_is_fused_also_inside_a_half_precision_wrapper():
     adam = FairseqAdam(adam_config(), [torch.nn.Parameter(torch.ones(2))])
     fuse(SimpleNamespace(fp32_optimizer=adam))
