@@ -49,20 +49,24 @@ def build_lm(text: Path):
     return lambda arch, *arguments: built(lm_command(text, "unused", arch, *arguments))
 
 
+@pytest.fixture(scope="session")
+def train_set(data: Path) -> Any:
+    _, task, _ = built([data, "--arch", "transformer", *TINY, *TRAIN])
+    task.load_dataset("train")
+    return task.dataset("train")
+
+
 @pytest.fixture
-def batch(build):
+def batch(train_set):
     """batch(sentences) -> a collated training sample; ``same_length`` keeps padding out."""
 
     def batch(count: int = 8, start: int = 0, same_length: bool = False) -> dict[str, Any]:
-        _, task, _ = build("transformer")
-        task.load_dataset("train")
-        dataset = task.dataset("train")
-        chosen = range(len(dataset))
+        chosen = range(len(train_set))
         if same_length:
-            shape = [(len(dataset[i]["source"]), len(dataset[i]["target"])) for i in chosen]
+            shape = [(len(train_set[i]["source"]), len(train_set[i]["target"])) for i in chosen]
             common = max(set(shape), key=shape.count)
             chosen = [i for i in chosen if shape[i] == common]
-        return dataset.collater([dataset[i] for i in chosen[start : start + count]])
+        return train_set.collater([train_set[i] for i in chosen[start : start + count]])
 
     return batch
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import os
 import re
@@ -128,9 +130,15 @@ def lm_command(text: Path, save_dir: Path | str, arch: str, *arguments: Any) -> 
     ]
 
 
+@functools.lru_cache(maxsize=None)
+def configured(argv: tuple[str, ...]) -> Any:
+    """fairseq-train's configuration. Hydra takes many times as long over it as a tiny model takes to be built."""
+    return convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), list(argv)))
+
+
 def built(argv: list[Any]) -> Any:
     """(model, task, cfg), built exactly as fairseq-train builds it."""
-    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), [*map(str, argv)]))
+    cfg = copy.deepcopy(configured(tuple(map(str, argv))))
     task = tasks.setup_task(cfg.task)
     torch.manual_seed(cfg.common.seed)
     return task.build_model(cfg.model), task, cfg
