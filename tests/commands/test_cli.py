@@ -1,0 +1,115 @@
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fairseq.data import Dictionary
+from helpers import ROOT, run
+
+import admin_fairseq
+from admin_fairseq import AdminError, Profile
+from admin_fairseq.checkpoint import load
+from admin_fairseq.show import show
+
+
+@pytest.fixture
+def profile_file(tmp_path):
+    path = tmp_path / "admin_profile.json"
+    variances = {"encoder": [1.25, 0.75], "decoder": [0.5625, 2.4375, 1.0]}
+    Profile(encoder=[1.0, 1.5], decoder=[1.0, 1.25, 2.0], branch_variance=variances).write(str(path))
+    return path
+
+
+def test_show_profile(profile_file):
+    result = run("admin-fairseq", "show", profile_file)
+    assert result.code == 0, result.output
+    assert result.lines("self_attn")[0].split()[:5] == ["0", "self_attn", "1.000", "1.250", "55.6%"]
+    last = result.lines("final")[1]
+    assert last.split()[:5] == ["0", "final", "2.000", "1.000", "20.0%"]
+    assert last.count("#") == 2 * result.lines("self_attn")[1].count("#")
+
+
+def test_show_checkpoint(profile_file, capsys):
+    """With the first omega, as the profile in the folder has it; without, if that is of another model."""
+    names = ["encoder.layers.0.self_attn", "encoder.layers.0.final"]
+    names += [f"decoder.layers.0.{kind}" for kind in ("self_attn", "encoder_attn", "final")]
+    omegas = {f"{name}_layer_norm.omega": torch.tensor([1.0, 4.0]) + i for i, name in enumerate(names)}
+    path = str(profile_file.parent / "c.pt")
+    torch.save({"model": omegas}, path)
+    show(path)
+    rows = [line.split()[:5] for line in capsys.readouterr().out.splitlines() if "#" in line]
+    assert rows[0] == ["0", "self_attn", "2.500", "1.500", "1.000"]
+    assert rows[3] == ["0", "encoder_attn", "5.500", "1.500", "1.250"]
+    torch.save({"model": {**omegas, "decoder.layers.1.final_layer_norm.omega": torch.ones(2)}}, path)
+    show(path, as_json=True)
+    row = json.loads(capsys.readouterr().out)["decoder"][-1]
+    assert row == {"layer": 1, "sub_layer": "final", "omega": 1, "std": 0}
+
+
+def test_show_a_diverged_checkpoint(tmp_path, capsys):
+    path = str(tmp_path / "c.pt")
+    omegas = {"encoder.layers.0.self_attn_layer_norm.omega": torch.tensor([float("nan")])}
+    torch.save({"model": {**omegas, "encoder.layers.0.final_layer_norm.omega": torch.ones(1)}}, path)
+    show(path)
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert "nan" in first and first.count("#") == 0 and second.count("#") == 30
+    show(path, as_json=True)
+    assert json.loads(capsys.readouterr().out)["encoder"][0]["omega"] is None
+
+
+@pytest.mark.parametrize("name", ["nope.json", "nope.pt", "garbage.pt", "garbage.json", "empty.json"])
+def test_show_bad_file(tmp_path, name):
+    if name.startswith("garbage"):
+        (tmp_path / name).write_text("garbage")
+    if name.startswith("empty"):
+        (tmp_path / name).write_text('{"encoder": [], "decoder": []}')
+    result = run("admin-fairseq", "show", tmp_path / name)
+    assert result.code == 1
+    assert name in result.lines("admin_fairseq: error:")[0]
+    assert "Traceback" not in result.output
+
+
+def numpy_checkpoint(path, module):
+    """A checkpoint of --eval-bleu, written under a numpy that calls its core ``module``."""
+    torch.save({"model": {"w": torch.ones(1)}, "counts": np.arange(3.0), "mean": np.float64(2)}, path)
+    with zipfile.ZipFile(path) as source:
+        entries = {name: source.read(name) for name in source.namelist()}
+    ours = (np.zeros(0).__reduce__()[0].__module__).encode()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
+        for name, content in entries.items():
+            target.writestr(name, content.replace(ours, module) if name.endswith("data.pkl") else content)
+
+
+@pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_checkpoints_of_either_numpy_load(tmp_path, module):
+    numpy_checkpoint(tmp_path / "c.pt", module)
+    state = load(str(tmp_path / "c.pt"))
+    assert state["counts"].tolist() == [0, 1, 2]
+
+
+def test_an_object_that_is_not_loaded_is_named(tmp_path):
+    torch.save({"model": {}, "task_state": {"dict": Dictionary()}}, tmp_path / "good.pt")
+    assert isinstance(load(str(tmp_path / "good.pt"))["task_state"]["dict"], Dictionary)
+    torch.save({"model": {}, "odd": Path("x")}, tmp_path / "odd.pt")
+    with pytest.raises(AdminError, match=r"holds an object of pathlib\S+, which safe loading does not read"):
+        load(str(tmp_path / "odd.pt"))
+
+
+def test_usage():
+    assert run("admin-fairseq", "--help").code == 0
+    assert run("admin-fairseq").code == 2
+    assert run("admin-fairseq", "show").code == 2
+    assert run("admin-fairseq", "--version").lines("admin_fairseq ")
+
+
+def test_nothing_is_printed_but_what_was_asked_for():
+    """Some of fairseq's modules set up everybody's logging when they are imported, and then log."""
+    command = [sys.executable, "-m", "admin_fairseq", "--version"]
+    finished = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert finished.stdout.endswith(f"admin_fairseq {admin_fairseq.__version__}\n")
+    assert not {"INFO", "DEBUG"} & set(re.split(r"\W", finished.stdout))

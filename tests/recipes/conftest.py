@@ -1,0 +1,59 @@
+"""Runs of the recipes, made once for all test processes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from toy import lay_out, script
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory):
+    """once(name, make) -> a folder that make(folder) has filled, for all test processes; read-only."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def once(name: str, make) -> Path:
+        folder, done = base / name, base / f"{name}.done"
+        with (base / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def finished(once):
+    """finished(recipe) -> the folder of a run from raw files to scores that nothing disturbed, and what it printed."""
+
+    def make(recipe: str, folder: Path) -> None:
+        lay_out(recipe, folder / "raw")
+        result = script(recipe, "prepare", "train", "evaluate", folder=folder)
+        assert result.returncode == 0, result.stdout
+        (folder / "printed").write_text(result.stdout)
+
+    def finished(recipe: str) -> tuple[Path, str]:
+        folder = once(recipe, lambda folder: make(recipe, folder))
+        return folder, (folder / "printed").read_text()
+
+    return finished
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """copied(recipe) -> a copy of that folder, to be changed."""
+
+    def copy(recipe: str) -> Path:
+        shutil.copytree(finished(recipe)[0], tmp_path / "copy")
+        return tmp_path / "copy"
+
+    return copy

@@ -1,0 +1,362 @@
+"""fold: an Admin checkpoint as a stock one with the same outputs; unfold: the other way, at omega 1."""
+
+from __future__ import annotations
+
+import copy
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from fairseq import models
+from fairseq.models.transformer import TransformerConfig
+from omegaconf import OmegaConf
+
+from admin_fairseq import AdminError, sub_layers
+from admin_fairseq.checkpoint import settings
+from admin_fairseq.fold import PADDING, fold, unfold
+from admin_fairseq.model import FAST_PATH_COPIES
+from admin_fairseq.verify import build as build_from
+from admin_fairseq.verify import verify
+
+NO_DROPOUT = ["--dropout", "0"]
+
+
+def randomise(model, first=False, size=None):
+    """Norms and omegas far from 1, of both signs; ``first``: also the omegas that training leaves at 1."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "layer_norm" in name or "layernorm_embedding" in name:
+                sign = torch.randint(0, 2, weight.shape).mul(2).sub(1)
+                weight.copy_(sign * torch.empty_like(weight).uniform_(0.3, 12 if name.endswith("omega") else 2))
+        if not first:
+            for stack in model.stacks().values():
+                next(iter(sub_layers(stack).values())).omega.fill_(1)
+    return model
+
+
+def state_of(model, cfg, **extra):
+    """What fairseq's trainer would save."""
+    return {
+        "args": None,
+        "cfg": OmegaConf.to_container(cfg, resolve=True, enum_to_str=True),
+        "model": {name: weight.clone() for name, weight in model.state_dict().items()},
+        "optimizer_history": [{"num_updates": 3}],
+        "extra_state": {"train_iterator": {"epoch": 1}, **extra},
+    }
+
+
+def stock_model(state, task):
+    """Built from the folded checkpoint alone, as fairseq builds it."""
+    args = settings(state)
+    assert args.arch in ("transformer", "transformer_lm")
+    model = task.build_model(args)
+    assert not isinstance(model, models.MODEL_REGISTRY["transformer_admin"])
+    for module in model.modules():
+        module.can_use_fastpath = False  # fairseq 0.12.2
+    model = model.to(next(iter(state["model"].values())).dtype)
+    model.load_state_dict(state["model"], strict=True)
+    return model.eval()
+
+
+def largest_difference(one, two, sample):
+    with torch.no_grad():
+        return (one(**sample["net_input"])[0] - two(**sample["net_input"])[0]).abs().max().item()
+
+
+SHARED = ["--share-all-embeddings"]
+VARIANTS = [
+    [],
+    SHARED,
+    ["--layernorm-embedding", *SHARED],
+    ["--decoder-embed-dim", "48", "--decoder-output-dim", "48", "--share-decoder-input-output-embed"],
+    ["--encoder-learned-pos", "--decoder-learned-pos", "--no-scale-embedding"],
+    ["--no-token-positional-embeddings", "--activation-fn", "gelu"],
+    ["--quant-noise-pq", "0.2"],
+    ["--quant-noise-pq", "0.2", "--layernorm-embedding"],
+    ["--checkpoint-activations", "--encoder-layerdrop", "0.5", "--decoder-layerdrop", "0.5"],
+    ["--merge-src-tgt-embed"],
+    ["--adaptive-softmax-cutoff", "100,200"],
+    ["--encoder-layers", "1", "--decoder-layers", "1", "--no-cross-attention", "--cross-self-attention"],
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=" ".join)
+def test_computes_the_same(build, batch, exact_softmax, options):
+    if "--merge-src-tgt-embed" in options and "merge_src_tgt_embed" not in TransformerConfig.__dataclass_fields__:
+        pytest.skip("not in this fairseq")
+    admin, task, cfg = build("transformer_admin", *options)
+    state = state_of(randomise(admin).double(), cfg)
+    before = copy.deepcopy(state["model"])
+    folded = fold(state)
+    assert largest_difference(admin.eval(), stock_model(folded, task), batch()) < 1e-9
+    assert not [name for name in folded["model"] if "omega" in name]
+    assert "admin" not in repr(folded["args"]) and "admin" not in repr(vars(folded["args"]))
+    assert all(torch.equal(weight, before[name]) for name, weight in state["model"].items())
+
+
+@pytest.mark.parametrize("omega", ["vector", "number"])
+@pytest.mark.parametrize("options", VARIANTS[:-3], ids=" ".join)
+def test_trained_first_omega(build, batch, exact_softmax, options, omega):
+    """By untying, or into a map that ends in the stack's input: exact either way."""
+    admin, task, cfg = build("transformer_admin", *options)
+    state = state_of(randomise(admin, first=True).double(), cfg)
+    if omega == "number":
+        for name, weight in admin.state_dict().items():
+            if name.endswith("omega"):
+                weight.fill_(weight[0])
+                state["model"][name] = weight[:1].clone()
+    has_map = "--layernorm-embedding" in options
+    if not has_map:
+        with pytest.raises(AdminError, match="--untie"):
+            fold(state)
+    folded = fold(state, untie=not has_map)
+    stock = stock_model(folded, task)
+    assert largest_difference(admin.eval(), stock, batch()) < 1e-9
+    if options == SHARED:
+        shared = (stock.encoder.embed_tokens, stock.decoder.embed_tokens, stock.decoder.output_projection)
+        assert len({module.weight.data_ptr() for module in shared}) == 3
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_one_stack_is_untied(build, batch, exact_softmax, stack):
+    admin, task, cfg = build("transformer_admin", *SHARED)
+    with torch.no_grad():
+        next(iter(sub_layers(getattr(admin, stack)).values())).omega.uniform_(0.5, 2)
+    stock = stock_model(fold(state_of(admin.double(), cfg), untie=True), task)
+    assert largest_difference(admin.eval(), stock, batch()) < 1e-9
+    decoder = stock.decoder
+    assert (decoder.embed_tokens.weight is decoder.output_projection.weight) == (stack == "encoder")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--layernorm-embedding", "--scale-fc", "--scale-attn", "--scale-heads", "--scale-resids"],
+        ["--adaptive-input", "--adaptive-input-cutoff", "100", "--share-decoder-input-output-embed"],
+        ["--decoder-input-dim", "16", "--decoder-output-dim", "16", "--no-decoder-final-norm"],
+    ],
+    ids=" ".join,
+)
+def test_language_model(build_lm, exact_softmax, options):
+    if "--adaptive-input" in options:
+        options = [*options[:3], "--adaptive-softmax-cutoff", "100", "--tie-adaptive-weights"]
+    elif (
+        "--scale-fc" in options and "scale_fc" not in models.MODEL_DATACLASS_REGISTRY["transformer_lm"].__annotations__
+    ):
+        pytest.skip("not in this fairseq")
+    admin, task, _ = build_lm("transformer_lm_admin", "--decoder-layers", "3", *options)
+    has_norm = "--layernorm-embedding" in options
+    randomise(admin, first=has_norm or "--adaptive-input" not in options).double()
+    cfg = OmegaConf.create({"task": task.cfg, "model": {"_name": "transformer_lm_admin"}})
+    state = state_of(admin, cfg)
+    state["cfg"]["model"] = {**vars(admin.decoder.args), "_name": "transformer_lm_admin"}
+    folded = fold(state, untie=not has_norm)
+    tokens = torch.randint(4, len(task.source_dictionary), (3, 9))
+    sample = {"net_input": {"src_tokens": tokens}}
+    assert largest_difference(admin.eval(), stock_model(folded, task), sample) < 1e-9
+
+
+@pytest.mark.parametrize("form", ["legacy", "hydra"])
+def test_forms_of_settings(build, batch, exact_softmax, form):
+    admin, task, cfg = build("transformer_admin", *SHARED)
+    state = state_of(randomise(admin).double(), cfg)
+    flat = vars(state["cfg"]["model"])
+    if form == "legacy":
+        del flat["_name"]
+        state = {**state, "args": Namespace(**flat), "cfg": None}
+    else:
+        nested = {"encoder": {"layers": 3}, "decoder": {"layers": 2}}
+        own = {name: value for name, value in flat.items() if name.startswith(("encoder", "decoder", "share", "admin"))}
+        state["cfg"]["model"] = {**own, **nested, "_name": "transformer_admin"}
+    assert largest_difference(admin.eval(), stock_model(fold(state), task), batch()) < 1e-9
+
+
+def test_keeps_dtype_and_folds_the_average(build):
+    admin, _, cfg = build("transformer_admin")
+    average = randomise(copy.deepcopy(admin)).state_dict()
+    for stack in ("encoder", "decoder"):
+        average[f"{stack}.layers.0.self_attn_layer_norm.omega"] *= 1.001  # drifts where the model's stays 1
+    admin.decoder.layers[1].final_layer_norm.omega.data.uniform_(1, 3)
+    state = state_of(admin.half(), cfg, ema=average, ema_fp32_params=dict(average), metrics={"n": np.ones(4)})
+    folded = fold(state)
+    before, omega = (state["model"][f"decoder.layers.1.{part}"] for part in ("fc1.weight", "final_layer_norm.omega"))
+    expected = (before.double() / omega.double()).half()  # rounded once
+    assert torch.equal(folded["model"]["decoder.layers.1.fc1.weight"], expected)
+    assert {weight.dtype for name, weight in folded["model"].items() if "version" not in name} == {torch.float16}
+    for name in ("ema", "ema_fp32_params"):
+        weights = folded["extra_state"][name]
+        assert weights.keys() == folded["model"].keys()
+        before, omega = (average[f"encoder.layers.1.{part}"] for part in ("fc1.weight", "final_layer_norm.omega"))
+        torch.testing.assert_close(weights["encoder.layers.1.fc1.weight"], before / omega)
+    assert "metrics" not in folded["extra_state"]
+
+
+def test_all_reasons_at_once(build):
+    admin, _, cfg = build("transformer_admin", "--no-cross-attention", "--cross-self-attention")
+    with torch.no_grad():
+        norms = {stack: list(sub_layers(getattr(admin, stack)).values()) for stack in ("encoder", "decoder")}
+        norms["encoder"][0].omega.fill_(2)
+        norms["encoder"][3].omega[5] = 1e-9
+        norms["encoder"][4].omega[5] = float("nan")
+        norms["decoder"][2].omega.fill_(3)
+    state = state_of(admin, cfg)
+    del state["model"]["decoder.layers.1.self_attn.q_proj.weight"]
+    settings(state)
+    state["cfg"]["model"].decoder_layers_to_keep = "0,1"
+    with pytest.raises(AdminError) as raised:
+        fold(state)
+    lines = str(raised.value).splitlines()[1:]
+    for needle in (
+        "layers_to_keep",
+        "first omega of the encoder",
+        "encoder.layers.1.final_layer_norm.omega reaches 1.0e-09",
+        "encoder.layers.2.self_attn_layer_norm.omega reaches nan",
+        "decoder.layers.1.self_attn_layer_norm.omega is not 1: --cross-self-attention",
+        "no decoder.layers.1.self_attn.q_proj.weight",
+    ):
+        assert len([line for line in lines if needle in line]) == 1, needle
+    assert len(lines) == 6
+
+
+def test_how_near_zero_omega_may_come(build):
+    admin, _, cfg = build("transformer_admin")
+    admin.encoder.layers[1].final_layer_norm.omega.data[3] = -0.0011
+    fold(state_of(admin, cfg))
+    admin.encoder.layers[1].final_layer_norm.omega.data[3] = -0.0009
+    with pytest.raises(AdminError, match=r"encoder.layers.1.final_layer_norm.omega reaches 9.0e-04"):
+        fold(state_of(admin, cfg))
+
+
+def test_half_precision_overflow(build):
+    admin, _, cfg = build("transformer_admin")
+    with torch.no_grad():
+        admin.encoder.layers[0].fc1.weight[0, 0] = 60000
+        admin.encoder.layers[0].final_layer_norm.omega.fill_(0.5)
+    with pytest.raises(AdminError, match=r"encoder.layers.0.fc1.weight times omega is beyond torch.float16"):
+        fold(state_of(admin.half(), cfg))
+
+
+def test_only_the_right_models(build):
+    stock, _, cfg = build("transformer")
+    with pytest.raises(AdminError, match="architecture transformer, not of an Admin model"):
+        fold(state_of(stock, cfg))
+    pre, _, cfg = build("transformer", "--encoder-normalize-before")
+    with pytest.raises(AdminError, match="encoder-normalize-before"):
+        unfold(state_of(pre, cfg))
+    admin, _, cfg = build("transformer_admin")
+    with pytest.raises(AdminError, match="architecture transformer_admin, not of a stock"):
+        unfold(state_of(admin, cfg))
+
+
+@pytest.mark.parametrize("options", VARIANTS[:4], ids=" ".join)
+def test_round_trip(build, batch, options):
+    stock, task, cfg = build("transformer", *options)
+    state = state_of(stock, cfg)
+    unfolded = unfold(state)
+    admin = task.build_model(settings(unfolded))
+    admin.load_state_dict(unfolded["model"], strict=True)
+    assert all(torch.all(norm.omega == 1) for stack in admin.stacks().values() for norm in sub_layers(stack).values())
+    again = fold(unfolded)
+    names = [name for name in state["model"] if name in again["model"]]
+    equal = {name: torch.equal(state["model"][name], again["model"][name]) for name in names}
+    # fairseq 0.12.2 does not initialise it
+    assert not [name for name, same in equal.items() if not same and not name.endswith("_float_tensor")]
+    assert names == list(again["model"])
+    assert fold(unfold(again))["args"] == again["args"]
+
+
+def adam_state(model, sample):
+    """One step's moments, as fairseq's trainer would save them."""
+    optimizer = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad])
+    model.zero_grad()
+    logits = model(**sample["net_input"])[0]
+    F.cross_entropy(logits.transpose(1, 2), sample["target"], ignore_index=PADDING).backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize("options", [[], SHARED, ["--layernorm-embedding", "--share-decoder-input-output-embed"]])
+def test_optimizer_state(build, batch, exact_softmax, options):
+    """The moments are those that the folded model's own gradients have."""
+    admin, task, cfg = build("transformer_admin", *options, *NO_DROPOUT)
+    state = state_of(randomise(admin).double(), cfg)
+    state["last_optimizer_state"] = adam_state(admin, batch())
+    folded = fold(state, keep_optimizer=True)
+    stock = stock_model(folded, task).train()
+    expected, found = adam_state(stock, batch()), folded["last_optimizer_state"]
+    numbers = {name: number for number, (name, _) in enumerate(stock.named_parameters())}
+    names = [name for name in numbers if name.split(".")[-1] not in FAST_PATH_COPIES]
+    assert len(names) == len(found["param_groups"][0]["params"]) == len(found["state"])
+    for number, entry in found["state"].items():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(
+                entry[moment], expected["state"][numbers[names[number]]][moment], rtol=1e-6, atol=1e-12
+            )
+    unfolded = unfold(folded, keep_optimizer=True)["last_optimizer_state"]
+    assert len(unfolded["param_groups"][0]["params"]) == len(state["last_optimizer_state"]["param_groups"][0]["params"])
+    assert fold(unfold(folded, keep_optimizer=True), keep_optimizer=True)["last_optimizer_state"]["state"].keys() == (
+        found["state"].keys()
+    )
+
+
+def test_other_optimizer_states_are_refused(build, batch):
+    admin, _, cfg = build("transformer_admin", *NO_DROPOUT)
+    state = state_of(admin, cfg)
+    with pytest.raises(AdminError, match="no optimizer state"):
+        fold(state, keep_optimizer=True)
+    state["last_optimizer_state"] = adam_state(admin, batch())
+    del state["last_optimizer_state"]["param_groups"][0]["params"][1:]  # as with --fp16's one flat tensor
+    with pytest.raises(AdminError, match="one entry a parameter"):
+        fold(state, keep_optimizer=True)
+
+
+def test_fixed_omega_has_no_optimizer_state(build, batch):
+    admin, _, cfg = build("transformer_admin", "--admin-omega", "fixed", *NO_DROPOUT)
+    state = state_of(admin, cfg)
+    state["last_optimizer_state"] = adam_state(admin, batch())
+    kept = fold(state, keep_optimizer=True)["last_optimizer_state"]
+    assert len(kept["state"]) == len(state["last_optimizer_state"]["state"])
+
+
+def test_optimizers_of_the_plugin_are_not_asked_for(build):
+    admin, _, cfg = build("transformer_admin")
+    state = state_of(admin, cfg)
+    state["cfg"]["optimizer"] = {"_name": "radam"}
+    assert fold(state)["args"].optimizer == "adam"
+
+
+def test_verify_in_float64_and_on_other_data(build, data, monkeypatch):
+    admin, task, cfg = build("transformer_admin")
+    state = state_of(randomise(admin, first=True), cfg)
+    folded = fold(state, untie=True)
+    verify(state, folded, str(data), sentences=5, untie=True)
+
+    def slightly_wrong(state, untie):
+        folded = fold(state, untie)
+        folded["model"]["decoder.layers.0.fc2.bias"][0] += 1e-7
+        return folded
+
+    monkeypatch.setattr("admin_fairseq.verify.fold", slightly_wrong)
+    with pytest.raises(AdminError, match=r"logits differ by \S+ in float64, more than 1.0e-09$"):
+        verify(state, folded, str(data), sentences=5, untie=True)
+    state["model"]["encoder.embed_tokens.weight"] = state["model"]["encoder.embed_tokens.weight"][:-1]
+    with pytest.raises(AdminError, match=r"do not fit a model for DATA.*encoder.embed_tokens.weight"):
+        build_from(state, task)
+
+
+def test_verify_finds_a_difference(build, data, capsys):
+    admin, _, cfg = build("transformer_admin")
+    state = state_of(randomise(admin), cfg)
+    folded = fold(state)
+    verify(state, folded, str(data), sentences=10)
+    assert "10 of 10 translations are the same" in capsys.readouterr().out
+    with pytest.raises(AdminError, match="no sentence"):
+        verify(state, folded, str(data), sentences=0)
+    output = folded["model"]["decoder.output_projection.weight"]
+    folded["model"]["decoder.output_projection.weight"] = output.flip(0)
+    with pytest.raises(AdminError, match=r"logits differ by .* in float32, .*; \d+ of 10 translations differ"):
+        verify(state, folded, str(data), sentences=10)

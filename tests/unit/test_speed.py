@@ -1,0 +1,207 @@
+"""benchmarks/speed.py, on models of two layers."""
+
+from __future__ import annotations
+
+import csv
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fairseq import criterions
+from helpers import needs_stock_translation
+
+pytest.importorskip("matplotlib", reason="matplotlib is not there: pip install '.[demo]'")
+
+from admin_fairseq import AdminError
+from benchmarks import speed
+
+SMALL = "--encoder-embed-dim 32 --encoder-ffn-embed-dim 64 --encoder-attention-heads 2 --decoder-attention-heads 2"
+TINY = ["--max-tokens", "150", "--vocabulary", "200", "--rounds", "2", "--threads", "1", "--", *SMALL.split()]
+
+
+def in_this_process(setting):
+    return speed.measure(setting)
+
+
+@needs_stock_translation
+def test_tiny_run(tmp_path, capsys):
+    """Every column of every method has a figure; what the methods differ in, and the arithmetic between columns."""
+    argv = ["--depths", "2-1", "--methods", "postln,admin", "--length", "4", "--out", str(tmp_path), *TINY]
+    speed.main(argv, in_this_process)
+    with (tmp_path / "speed.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["method"] for row in table] == ["postln", "admin"]
+    stock, admin = table
+    for row in table:
+        parts = [float(row[f"{part}_s"]) for part in ("forward", "backward", "optimizer")]
+        assert min(parts) > 0
+        assert max(parts) < float(row["step_s"])
+        assert all(float(row[name]) > 0 for name in ("tokens_per_s", "flops_share", "memory_mb", "generation_s"))
+    assert {stock[name] for name in ("step_ratio", "memory_ratio", "generation_ratio")} == {"1.0"}
+    assert stock["prepass_forwards"] == ""
+    assert 0 < float(admin["prepass_forwards"]) < 100
+    assert int(admin["sub_layers"]) == 7
+    assert int(admin["parameters"]) - int(stock["parameters"]) == 7 * 32
+    record = (tmp_path / "record.md").read_text()
+    assert capsys.readouterr().out == record + "\n"
+    assert "torch " + torch.__version__ in record
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ratios_are_medians_of_the_rounds(tmp_path):
+    """A round in which the machine was busy weighs no more than another."""
+    seconds = {"postln": [1.0, 2.0, 100.0], "admin": [0.9, 1.8, 90.0]}
+    found = {
+        method: [
+            {**dict.fromkeys(("forward", "backward", "optimizer", "step"), s), "tokens": 10, "flops": 5} for s in each
+        ]
+        for method, each in seconds.items()
+    }
+    answer = {"rounds": found, "parameters": dict.fromkeys(found, 7), "prepass": {}, "generation": {}, "matmul": 10.0}
+    setting = {"depth": "6-6", "max_tokens": 10, "dtype": "fp32"}
+    _, admin = speed.rows(answer, {"postln": 200.0, "admin": 100.0}, setting)
+    assert admin["step_ratio"] == pytest.approx(0.9)
+    assert admin["memory_ratio"] == 0.5
+    assert admin["tokens_per_s"] == pytest.approx(10 / 1.8)
+    assert admin["flops_share"] == pytest.approx(5 / 1.8 / 10)
+
+
+def test_flops_are_those_of_the_matrix_products(build, batch):
+    """Without padding, against torch's own count of a forward and a backward pass."""
+    counters = pytest.importorskip("torch.utils.flop_counter", reason="torch before 2.1 counts no FLOPs")
+    kernels = pytest.importorskip("torch.nn.attention", reason="torch before 2.3 cannot choose how to attend")
+    model, task, cfg = build("transformer", "--share-all-embeddings", "--dropout", "0")
+    sample = batch(6, same_length=True)
+    criterion = criterions.build_criterion(cfg.criterion, task)
+    with counters.FlopCounterMode(display=False) as counter, kernels.sdpa_kernel(kernels.SDPBackend.MATH):
+        criterion(model, sample)[0].backward()
+    counted = speed.counts(sample, SimpleNamespace(cfg=cfg, task=task))["flops"]
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_search_stops_where_memory_or_the_data_does():
+    asked = []
+
+    def measure_at(tokens, room, data):
+        asked.append(tokens)
+        if tokens > room:
+            raise AdminError("out of memory")
+        return {"rounds": {"admin": [{"tokens": min(tokens, data)}]}}
+
+    def sizes(room, data):
+        found, end = speed.search(lambda tokens: measure_at(tokens, room, data), 1000)
+        return [answer["max_tokens"] for answer in found], end
+
+    assert sizes(5000, 10**9) == ([1000, 2000, 4000], "8000: out of memory")
+    assert asked == [1000, 2000, 4000, 8000]
+    assert sizes(10**9, 3000) == ([1000, 2000, 4000], "8000: no larger batch in the data")
+
+
+def pretend(setting):
+    """A worker with room for 4096 tokens, fastest at 2048, Admin twice as fast as stock; not for 100-100 as it is."""
+    tokens, (method,), extra = setting["max_tokens"], setting["methods"], setting["extra"]
+    if tokens > 4096 or (setting["depth"], extra) == ("100-100", []):
+        return {"out of memory": True}
+    if "--admin-fast" in extra and tokens > 1024:
+        raise AdminError("measuring failed (1): something else")
+    step = (0.5 if tokens == 2048 else 2.0) * (1 + (method == "postln"))
+    rounds = [{"forward": 0.1, "backward": 0.2, "optimizer": 0.1, "step": step, "tokens": tokens, "flops": 1e12}]
+    common = {"prepass": {}, "generation": {}, "matmul": 4e12, "memory_mb": 100 + tokens / 1024}
+    return {"rounds": {method: rounds}, "parameters": {method: 1}, **common}
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch):
+    """report(worker) -> the rows of --gpu-report with a worker that only pretends."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    return lambda worker: speed.main(
+        ["DATA-BIN", "--gpu-report", "--max-tokens", "1024", "--out", str(tmp_path)], worker
+    )
+
+
+def test_gpu_report(report, capsys):
+    """The fastest batch, the largest, memory a token between the two largest, tokens a second beside stock."""
+    stock, admin, failed, checkpointed, _, *deep = table = report(pretend)
+    assert [(row["method"], row["depth"]) for row in table] == [line[:2] for line in speed.PLAN]
+    assert (stock["tokens_ratio"], admin["tokens_ratio"], failed["tokens_ratio"]) == pytest.approx((1, 2, 0.25))
+    for row in (stock, admin, checkpointed):
+        assert (row["max_tokens"], row["largest_max_tokens"]) == (2048, 4096)
+        assert row["kb_per_token"] == pytest.approx(1)
+        assert row["ended_at"] == "8192: out of memory"
+        assert not {"step_ratio", "memory_ratio"} & row.keys()
+    assert admin["flops_share"] == pytest.approx(0.5)
+    assert (failed["max_tokens"], failed["ended_at"]) == (1024, "2048: measuring failed (1): something else")
+    assert [("step_s" in row, row["ended_at"]) for row in deep] == [
+        (False, "1024: out of memory"),
+        (False, "1024: out of memory"),
+        (True, "2048: measuring failed (1): something else"),
+        (True, "8192: out of memory"),
+    ]
+    assert "tokens_ratio" not in deep[-1]
+    out, err = capsys.readouterr()
+    assert "--checkpoint-activations" in out and "fp16" in out and "a sub-layer" not in out
+    assert "admin 100-100 bf16: ended at --max-tokens 1024: out of memory\n" in err
+
+
+def test_gpu_report_is_written_line_by_line(report, tmp_path):
+    def interrupted(setting):
+        if setting["methods"] == ["admin"]:
+            raise KeyboardInterrupt
+        return pretend(setting)
+
+    with pytest.raises(KeyboardInterrupt):
+        report(interrupted)
+    assert (tmp_path / "speed.csv").read_text().count("postln") == 1
+    assert "postln" in (tmp_path / "record.md").read_text()
+
+
+def test_a_depth_that_fails_does_not_end_the_others(tmp_path, capsys):
+    def worker(setting):
+        if setting["depth"] == "2-1":
+            raise AdminError("measuring failed")
+        return pretend({**setting, "depth": ""})
+
+    argv = ["--methods", "postln", "--max-tokens", "64", "--vocabulary", "9", "--out", str(tmp_path)]
+    (row,) = speed.main([*argv, "--depths", "2-1,1-1"], worker)
+    assert row["depth"] == "1-1"
+    assert "2-1, --max-tokens 64: measuring failed\n" in capsys.readouterr().err
+    with pytest.raises(AdminError, match="nothing was measured"):
+        speed.main([*argv, "--depths", "2-1"], worker)
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"])
+def test_out_of_memory_is_an_answer(monkeypatch, message):
+    def full(setting):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(speed, "_measure", full)
+    assert speed.measure({"threads": 0}) == {"out of memory": True}
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_embeddings_are_shared_where_the_dictionaries_are_one(tmp_path, joined):
+    data = speed.write_synthetic(tmp_path, 20, 10)
+    if not joined:
+        with (tmp_path / "dict.en.txt").open("a") as file:
+            file.write("another 1\n")
+    setting = {"depth": "1-1", "max_tokens": 150, "dtype": "fp32", "device": "cpu", "extra": SMALL.split()}
+    model = speed.make_trainer("postln", {**setting, "data": data, "folder": str(tmp_path)}).get_model()
+    assert (model.encoder.embed_tokens is model.decoder.embed_tokens) == joined
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("flags", [["--gpu-report"], ["--device", "cuda"]])
+def test_without_a_gpu_says_so_in_a_line(tmp_path, flags):
+    with pytest.raises(AdminError, match="no GPU here"):
+        speed.main([*flags, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_one_process_for_each_model_and_round(tmp_path):
+    argv = ["--depths", "1-1", "--methods", "postln,admin", "--no-generate", "--one-at-a-time", "--out", str(tmp_path)]
+    stock, admin = speed.main([*argv, *TINY])
+    assert stock["memory_mb"] > 100
+    assert admin["memory_ratio"] == pytest.approx(1, abs=0.1)
+    assert admin["prepass_forwards"] > 0
