@@ -7,7 +7,8 @@ import torch
 from helpers import checkpoint, generate, hypotheses, run, train
 
 from admin_fairseq import AdminError
-from admin_fairseq.average import average, select
+from admin_fairseq.checkpoints.average import select
+from admin_fairseq.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,10 @@ def test_one_is_itself_and_the_optimizer_is_left_out(folder, tmp_path):
     assert all(torch.equal(before["model"][name], weight) for name, weight in after["model"].items())
     assert set(before) - set(after) == {"last_optimizer_state"}
     assert (tmp_path / "one.pt").stat().st_size < (folder / "checkpoint1.pt").stat().st_size / 2
+
+
+def average(paths, output):
+    main(["average", "--inputs", *paths, "--output", output])
 
 
 def save(path, **model):

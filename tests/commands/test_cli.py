@@ -13,15 +13,17 @@ from helpers import ROOT, run
 
 import admin_fairseq
 from admin_fairseq import AdminError, Profile
-from admin_fairseq.checkpoint import load
-from admin_fairseq.show import show
+from admin_fairseq.checkpoints.files import load
+from admin_fairseq.cli import main
 
 
 @pytest.fixture
 def profile_file(tmp_path):
     path = tmp_path / "admin_profile.json"
     variances = {"encoder": [1.25, 0.75], "decoder": [0.5625, 2.4375, 1.0]}
-    Profile(encoder=[1.0, 1.5], decoder=[1.0, 1.25, 2.0], branch_variance=variances).write(str(path))
+    shortcuts = {"encoder": [1.0, 2.25], "decoder": [1.0, 1.5625, 4.0]}
+    omegas = {"encoder": [1.0, 1.5], "decoder": [1.0, 1.25, 2.0]}
+    Profile(**omegas, branch_variance=variances, shortcut_variance=shortcuts).write(str(path))
     return path
 
 
@@ -41,12 +43,12 @@ def test_show_checkpoint(profile_file, capsys):
     omegas = {f"{name}_layer_norm.omega": torch.tensor([1.0, 4.0]) + i for i, name in enumerate(names)}
     path = str(profile_file.parent / "c.pt")
     torch.save({"model": omegas}, path)
-    show(path)
+    main(["show", path])
     rows = [line.split()[:5] for line in capsys.readouterr().out.splitlines() if "#" in line]
     assert rows[0] == ["0", "self_attn", "2.500", "1.500", "1.000"]
     assert rows[3] == ["0", "encoder_attn", "5.500", "1.500", "1.250"]
     torch.save({"model": {**omegas, "decoder.layers.1.final_layer_norm.omega": torch.ones(2)}}, path)
-    show(path, as_json=True)
+    main(["show", path, "--json"])
     row = json.loads(capsys.readouterr().out)["decoder"][-1]
     assert row == {"layer": 1, "sub_layer": "final", "omega": 1, "std": 0}
 
@@ -55,10 +57,10 @@ def test_show_a_diverged_checkpoint(tmp_path, capsys):
     path = str(tmp_path / "c.pt")
     omegas = {"encoder.layers.0.self_attn_layer_norm.omega": torch.tensor([float("nan")])}
     torch.save({"model": {**omegas, "encoder.layers.0.final_layer_norm.omega": torch.ones(1)}}, path)
-    show(path)
+    main(["show", path])
     first, second = capsys.readouterr().out.splitlines()[-2:]
     assert "nan" in first and first.count("#") == 0 and second.count("#") == 30
-    show(path, as_json=True)
+    main(["show", path, "--json"])
     assert json.loads(capsys.readouterr().out)["encoder"][0]["omega"] is None
 
 

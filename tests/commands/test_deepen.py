@@ -1,12 +1,15 @@
 """admin-fairseq deepen: a deeper model that starts where the trained one is."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import checkpoint, run, train
 
 from admin_fairseq import AdminError, sub_layers
-from admin_fairseq.checkpoint import load
-from admin_fairseq.deepen import deepen
+from admin_fairseq.checkpoints.deepen import deepen
+from admin_fairseq.checkpoints.files import load
+from admin_fairseq.omega import observed
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +75,8 @@ def test_omega_is_set_by_the_variance_of_the_branch(trained, data, build, batch)
     task.load_dataset("train")
     dataset = task.dataset("train")
     batch = dataset.collater([dataset[i] for i in range(200)])
-    for name, norm in sub_layers(model.encoder).items():
-        norm.observer = lambda *args, name=name: observe(name, *args)
-    with torch.no_grad():
+    observers = {norm: partial(observe, name, norm) for name, norm in sub_layers(model.encoder).items()}
+    with torch.no_grad(), observed(observers):
         model.eval()(**batch["net_input"])
     assert [shares[name] for name in new] == pytest.approx([0.2 / 2] * 2, rel=0.02)
 

@@ -15,7 +15,7 @@ import torch
 from helpers import TINY, TRAIN, checkpoint, needs_stock_translation, run, train
 
 from admin_fairseq import AdminError
-from admin_fairseq.checkpoint import load
+from admin_fairseq.checkpoints.files import load
 from admin_fairseq.cli import main
 from admin_fairseq.errors import explain
 

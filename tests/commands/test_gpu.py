@@ -101,7 +101,7 @@ def test_kernels(tmp_path):
 
 def test_kernels_beyond_2_31_elements():
     """Offsets need 64 bits; the last rows show it. Uses 26 GB."""
-    kernels = pytest.importorskip("admin_fairseq.kernels")
+    kernels = pytest.importorskip("admin_fairseq.fast.kernels")
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GB of GPU memory")
     torch.manual_seed(1)

@@ -9,8 +9,8 @@ from helpers import TINY, TRAIN, checkpoint, train_here
 
 from admin_fairseq import AdminError, sub_layers
 from admin_fairseq.analysis import gradients
-from admin_fairseq.analysis.omega import measure
-from admin_fairseq.analysis.subject import configure, parse, start
+from admin_fairseq.analysis.omega import branch_shares
+from admin_fairseq.analysis.subject import configure, parse, started
 from admin_fairseq.cli import main
 from admin_fairseq.profiling import Sample
 
@@ -68,7 +68,7 @@ def test_factors():
 def test_relative_updates_of_sgd_are_the_gradients(data):
     """The weights move by lr times the gradient, whose norm is left in .grad."""
     rest = [str(data), *TINY, *OPTIONS, "--optimizer", "sgd", "--lr", "0.5", "--lr-scheduler", "fixed"]
-    trainer, _ = start(configure(parse("transformer_postln", rest)))
+    trainer, _ = started(configure(parse("transformer_postln", rest)))
     trainer.begin_epoch(1)
     model = trainer.get_model()
     weight = model.decoder.layers[1].encoder_attn.v_proj.weight
@@ -114,7 +114,7 @@ def test_a_checkpoint_starts_anew_without_its_warmup_dropped_layers_and_checkpoi
     svg = (out / "gradients_updates.svg").read_text()
     assert "after training" in capsys.readouterr().out and "update 1" in svg
     start_options = [str(data), *TINY, *OPTIONS, *flags.split()]
-    model = start(configure(parse("transformer_admin", start_options)))[0].get_model()
+    model = started(configure(parse("transformer_admin", start_options)))[0].get_model()
     assert model.encoder.layers.p == 0
 
 
@@ -134,10 +134,10 @@ def test_share_of_the_branch(build, batch):
     for norm in sub_layers(model.decoder).values():
         norm.omega.data.fill_(2.0)
         norm.forward = lambda pair, stock=norm.forward: stock((3 * pair[1], pair[1]))
-    shares = measure(model, Sample(batch()["net_input"]))
+    shares = branch_shares(model, Sample(batch()["net_input"]))
     assert shares["decoder"] == pytest.approx([9 / 13] * 6)
     assert len(shares["encoder"]) == 6
-    assert all(norm.observer is None for norm in sub_layers(model.decoder).values())
+    assert not any("add" in vars(norm) for norm in sub_layers(model.decoder).values())
 
 
 def test_omega_through_a_run(data, tmp_path, capsys):

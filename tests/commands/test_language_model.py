@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers import checkpoint, lm_command, run
 
-from admin_fairseq import AdminError, Sample, logn_omega, profile, sub_layers
+from admin_fairseq import AdminError, Sample, profile, sub_layers
+from admin_fairseq.omega import CLOSED_FORMS
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_is_the_stock_model_at_omega_1(build_lm):
 def test_architectures(build_lm, layers):
     model, _, _ = build_lm(f"transformer_lm_admin_{layers}", "--admin-init", "logn")
     omegas = [norm.omega[0].item() for norm in sub_layers(model).values()]
-    assert omegas == pytest.approx([1.0] + [logn_omega(2 * layers)] * (2 * layers - 1))
+    assert omegas == pytest.approx([1.0] + [CLOSED_FORMS["logn"](2, 2 * layers)] * (2 * layers - 1))
 
 
 def test_padding_is_not_measured(build_lm):

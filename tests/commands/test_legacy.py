@@ -19,9 +19,10 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from helpers import checkpoint, generate, run, train
 
 from admin_fairseq import AdminError
-from admin_fairseq.checkpoint import _SafePickle, load
-from admin_fairseq.legacy import convert, import_checkpoint
-from admin_fairseq.model import sub_layers
+from admin_fairseq.checkpoints.authors import convert
+from admin_fairseq.checkpoints.files import _SafePickle, load
+from admin_fairseq.cli import main
+from admin_fairseq.omega import sub_layers
 
 PAD, EOS = 1, 2
 # the sub-layers of a layer: the LayerNorm's name, and the authors' names of its omega
@@ -267,7 +268,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_computes_what_the_authors_do(tmp_path, case):
+def test_computes_what_the_authors_do(tmp_path, case, capsys):
     changed, vocabulary, names, form = CASES[case]
     args = options(**changed)
     weights = clinic(args, vocabulary, names)
@@ -277,7 +278,8 @@ def test_computes_what_the_authors_do(tmp_path, case):
     torch.save(written, tmp_path / "in.pt", _use_new_zipfile_serialization="old" not in form)
     before = (tmp_path / "in.pt").read_bytes()
 
-    line = import_checkpoint(str(tmp_path / "in.pt"), str(tmp_path / "out.pt"))
+    main(["import", str(tmp_path / "in.pt"), str(tmp_path / "out.pt")])
+    line = capsys.readouterr().out
     counts = [2 * args["encoder_layers"], 3 * args["decoder_layers"]]
     assert [int(number) for number in re.findall(r"(\d+) \w+ omegas", line)] == counts
     assert (tmp_path / "in.pt").read_bytes() == before
@@ -386,7 +388,7 @@ def test_lists_all_that_does_not_fit(tmp_path):
     weights["decoder.layers.1.self_attn.out_proj.weight"] = torch.ones(2)
     torch.save(state(options(), weights), tmp_path / "in.pt")
     with pytest.raises(AdminError) as error:
-        import_checkpoint(str(tmp_path / "in.pt"), str(tmp_path / "out.pt"))
+        main(["import", str(tmp_path / "in.pt"), str(tmp_path / "out.pt")])
     line = str(error.value)
     assert line.startswith(f"cannot import {tmp_path / 'in.pt'}: missing: ")
     assert "\n" not in line
@@ -433,16 +435,16 @@ def test_names_that_are_not_text(tmp_path):
     ):
         torch.save(bad, tmp_path / "bad.pt")
         with pytest.raises(AdminError, match=message):
-            import_checkpoint(str(tmp_path / "bad.pt"), str(tmp_path / "out.pt"))
+            main(["import", str(tmp_path / "bad.pt"), str(tmp_path / "out.pt")])
     assert os.listdir(tmp_path) == ["bad.pt"]
 
 
 def test_other_files(imported, build, tmp_path):
     folder, _, weights = imported
     with pytest.raises(AdminError, match="a checkpoint of this plugin already"):
-        import_checkpoint(str(folder / "ours.pt"), str(tmp_path / "out.pt"))
+        main(["import", str(folder / "ours.pt"), str(tmp_path / "out.pt")])
     with pytest.raises(AdminError, match="give another name to write to"):
-        import_checkpoint(str(folder / "theirs.pt"), str(folder / "." / "theirs.pt"))
+        main(["import", str(folder / "theirs.pt"), str(folder / "." / "theirs.pt")])
     stock, _, cfg = build("transformer")
     with pytest.raises(AdminError, match="give it to --finetune-from-model"):
         convert({"cfg": cfg, "model": stock.state_dict()})
@@ -488,7 +490,7 @@ def test_code_in_a_pickle_is_not_run(loader, tmp_path, capsys, zipped, call):
     with pytest.raises(
         AdminError, match=rf"holds an object of (\w+\.)?{call}, .*; nothing in the file was run"
     ) as error:
-        import_checkpoint(str(tmp_path / "bad.pt"), str(tmp_path / "out.pt"))
+        main(["import", str(tmp_path / "bad.pt"), str(tmp_path / "out.pt")])
     assert "\n" not in str(error.value)
     assert os.listdir(tmp_path) == ["bad.pt"]
     assert "ran" not in capsys.readouterr().out

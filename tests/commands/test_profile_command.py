@@ -11,7 +11,7 @@ from helpers import TINY, TRAIN
 from admin_fairseq import AdminError
 from admin_fairseq.analysis import spread
 from admin_fairseq.cli import main
-from admin_fairseq.profiling import Profile, read_profile
+from admin_fairseq.profile_file import Profile, read_profile
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton.tools.disasm import get_sass
 
-from admin_fairseq import kernels
+from admin_fairseq.fast import kernels
 
 TENSORS = ("dy", "f", "x", "omega", "weight", "bias", "y", "df", "dx")
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
-from admin_fairseq.kernels import omega_layer_norm
+from admin_fairseq.fast.kernels import omega_layer_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5

@@ -13,12 +13,12 @@ from torch import nn
 from admin_fairseq import AdminError
 from admin_fairseq.analysis import amplification, dependency, report
 from admin_fairseq.analysis.amplification import Case, by_noise, by_update, change, fits
-from admin_fairseq.analysis.dependency import _normalised, dependency_map, measure
+from admin_fairseq.analysis.dependency import _normalised, dependency_map, residual_dependency
 from admin_fairseq.analysis.figures import Page, write
 from admin_fairseq.analysis.probe import SubLayer, observe
 from admin_fairseq.analysis.subject import method_name, use_xavier
-from admin_fairseq.layers import stacks
 from admin_fairseq.profiling import Sample
+from admin_fairseq.rules import stacks
 
 pytest.importorskip("matplotlib")
 
@@ -117,7 +117,7 @@ def test_the_probe_sees_the_sum_of_every_sub_layer(build, batch, method):
             torch.testing.assert_close(two.x, out.detach(), rtol=1e-4, atol=1e-5)
     for layer in model.encoder.layers:
         assert "residual_connection" not in vars(layer)
-        assert getattr(layer.final_layer_norm, "observer", None) is None
+        assert "add" not in vars(layer.final_layer_norm)
 
 
 def test_positions_are_spread_over_the_whole_batch(build, batch, monkeypatch):
@@ -125,15 +125,15 @@ def test_positions_are_spread_over_the_whole_batch(build, batch, monkeypatch):
     monkeypatch.setattr(dependency, "dependency_map", lambda seen, norm: kept.append(seen[0].x) or {})
     model, sample = build("transformer_preln")[0], first_batch(batch, same_length=True)
     for positions in (10**6, 7):
-        measure(model, sample, positions)
+        residual_dependency(model, sample, positions)
     everything, few = kept[0], kept[2]
     assert len(few) == 7 and torch.equal(few[0], everything[0]) and torch.equal(few[-1], everything[-1])
 
 
 def test_rows_sum_to_one_and_admin_at_omega_one_is_post_ln(build, batch):
     sample = first_batch(batch)
-    post_ln = measure(build("transformer_postln")[0], sample, 16)
-    admin = measure(build("transformer_admin", "--admin-init", "unit")[0], sample, 16)
+    post_ln = residual_dependency(build("transformer_postln")[0], sample, 16)
+    admin = residual_dependency(build("transformer_admin", "--admin-init", "unit")[0], sample, 16)
     for name, stack in post_ln.items():
         assert admin[name]["share"] == pytest.approx(stack["share"])
         for own, row, bias in zip(admin[name]["beta2"], stack["beta2"], stack["bias"]):
@@ -144,7 +144,7 @@ def test_rows_sum_to_one_and_admin_at_omega_one_is_post_ln(build, batch):
 def test_admin_leans_on_its_branches_less(build, batch):
     sample = first_batch(batch)
     shares = [
-        measure(build(arch)[0], sample, 16)["encoder"]["share"][-1]
+        residual_dependency(build(arch)[0], sample, 16)["encoder"]["share"][-1]
         for arch in ("transformer_admin_sqrt", "transformer_postln")
     ]
     assert shares[0] < shares[1] / 3
@@ -156,7 +156,7 @@ def test_padding_does_not_enter(build, batch):
     padded = dict(net_input)
     for name, side in (("src_tokens", (3, 0)), ("prev_output_tokens", (0, 3))):
         padded[name] = nn.functional.pad(net_input[name], side, value=model.encoder.padding_idx)
-    one, two = (measure(model, Sample(inputs), 10**6) for inputs in (net_input, padded))
+    one, two = (residual_dependency(model, Sample(inputs), 10**6) for inputs in (net_input, padded))
     for stack in one:
         assert two[stack]["share"] == pytest.approx(one[stack]["share"], rel=1e-4)
 
@@ -164,7 +164,7 @@ def test_padding_does_not_enter(build, batch):
 def test_methods_with_paths_across_sub_layers_are_refused(build, batch):
     for method in ("b2t", "residual"):
         with pytest.raises(AdminError, match="paths across sub-layers"):
-            measure(build(f"transformer_{method}")[0], first_batch(batch), 16)
+            residual_dependency(build(f"transformer_{method}")[0], first_batch(batch), 16)
 
 
 class Shift(nn.Module):
@@ -303,22 +303,22 @@ def test_the_report_binds_what_this_run_wrote(monkeypatch, tmp_path, capsys):
         return run
 
     for name in report.ORDER:
-        monkeypatch.setattr(f"admin_fairseq.analysis.{name}.run", analysis(name, ("amplification", "omega")))
-    report.run(Namespace(out=str(tmp_path), rest=["data"]))
+        monkeypatch.setattr(f"admin_fairseq.analysis.{name}.main", analysis(name, ("amplification", "omega")))
+    report.main(Namespace(out=str(tmp_path), rest=["data"]))
     page = (tmp_path / "report.html").read_text()
     assert page.count("of this run") == 2 and page.count("of an earlier run") == 1  # the spread is another command's
     assert "Not measured: no omega &lt; here" in page
     assert "amplification: no amplification < here" in capsys.readouterr().err
     with pytest.raises(AdminError, match="give DATA"):
-        report.run(Namespace(out=str(tmp_path), rest=["--cpu"]))
+        report.main(Namespace(out=str(tmp_path), rest=["--cpu"]))
     for name in report.ORDER:
-        monkeypatch.setattr(f"admin_fairseq.analysis.{name}.run", analysis(name, report.ORDER))
+        monkeypatch.setattr(f"admin_fairseq.analysis.{name}.main", analysis(name, report.ORDER))
     with pytest.raises(AdminError, match="no dependency < here"):
-        report.run(Namespace(out=str(tmp_path), rest=["data"]))
-    monkeypatch.setattr("admin_fairseq.analysis.dependency.run", analysis("dependency", ()))
-    monkeypatch.setattr("admin_fairseq.analysis.gradients.run", lambda args: 1 / 0)
+        report.main(Namespace(out=str(tmp_path), rest=["data"]))
+    monkeypatch.setattr("admin_fairseq.analysis.dependency.main", analysis("dependency", ()))
+    monkeypatch.setattr("admin_fairseq.analysis.gradients.main", lambda args: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # what the others measured is bound before
-        report.run(Namespace(out=str(tmp_path), rest=["data"]))
+        report.main(Namespace(out=str(tmp_path), rest=["data"]))
     page = (tmp_path / "report.html").read_text()
     assert page.count("of this run") == 1 and "it failed, ZeroDivisionError" in page
 

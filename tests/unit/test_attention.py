@@ -12,8 +12,9 @@ from fairseq.modules import MultiheadAttention
 from fairseq.sequence_scorer import SequenceScorer
 from helpers import needs_stock_translation, prepared, translate
 
-from admin_fairseq import attention
-from admin_fairseq.attention import AlignsOnDemand, FastAttention
+from admin_fairseq.fast import attention
+from admin_fairseq.fast.attention import AlignsOnDemand, FastAttention
+from admin_fairseq.fast.measured import MEASURED
 
 pytestmark = pytest.mark.skipif(
     not hasattr(F, "scaled_dot_product_attention"), reason="torch before 2.0 has no fused attention"
@@ -98,13 +99,13 @@ def test_a_pad_before_a_token_is_masked(pair, batch, exact_softmax, calls):
 
 
 def test_changed_padding_is_seen():
-    fact = attention.Fact(attention.has_padding)
+    of_mask = attention.MaskProperty(attention.has_padding)
     mask = torch.zeros(2, 3, dtype=torch.bool)
-    assert not fact(mask)
+    assert not of_mask(mask)
     mask[1, 2] = True
-    assert fact(mask)
+    assert of_mask(mask)
     with torch.inference_mode():
-        assert not fact(torch.zeros(2, 3, dtype=torch.bool))
+        assert not of_mask(torch.zeros(2, 3, dtype=torch.bool))
 
 
 def test_padding_is_asked_for_once_a_batch(pair, batch, monkeypatch):
@@ -113,18 +114,21 @@ def test_padding_is_asked_for_once_a_batch(pair, batch, monkeypatch):
     for options in ((), ("--checkpoint-activations",)):
         _, ours, _ = pair("measured", *options)
         asked.clear()
-        for fact in {id(m.fact): m.fact for m in ours.modules() if isinstance(m, FastAttention)}.values():
-            question = fact.question
-            fact.question = lambda mask, question=question: asked.append(question.__name__) or question(mask)
+        attentions = [module for module in ours.modules() if isinstance(module, FastAttention)]
+        for of_mask in {id(module.of_padding): module.of_padding for module in attentions}.values():
+            question = of_mask.question
+            of_mask.question = lambda mask, question=question: asked.append(question.__name__) or question(mask)
         ours.train()(**batch()["net_input"])[0].sum().backward()
         assert sorted(asked) == ["has_padding", "is_right_padded"]
 
 
 def test_offloaded_activations_on_a_gpu_are_fairseqs(build):
-    for options, expected in (((), {"cpu", "cuda"}), (("--offload-activations",), {"cpu"})):
+    on_cpu, on_gpu = (SimpleNamespace(device=torch.device(kind), is_cuda=kind == "cuda") for kind in ("cpu", "cuda"))
+    for options, expected in (((), True), (("--offload-activations",), False)):
         model, _, _ = build("transformer_admin", "--admin-fast", "all", *options)
-        devices = [module.devices for module in model.modules() if isinstance(module, FastAttention)]
-        assert devices and all(each == expected for each in devices)
+        attentions = [module for module in model.modules() if isinstance(module, FastAttention)]
+        assert attentions and all(module._is_served(on_cpu) for module in attentions)
+        assert all(module._is_served(on_gpu) == expected for module in attentions)
 
 
 def attend(module, query, key=None, **kwargs):
@@ -139,7 +143,7 @@ def fast(**options):
     decoder.layers = torch.nn.ModuleList([copy.deepcopy(module)])
     decoder.layers[0].need_attn = True
     decoder._future_mask = torch.triu(torch.full((9, 9), float("-inf")), 1)
-    attention.speed_up({"decoder": decoder}, everywhere=True)
+    attention.speed_up({"decoder": decoder}, "all")
     return module, decoder.layers[0], decoder
 
 
@@ -246,7 +250,7 @@ def test_off_is_fairseqs_own(build):
 
 
 def test_measured_does_nothing_on_devices_not_measured(build, batch, monkeypatch, calls):
-    monkeypatch.setattr(attention, "FUSED_ATTENTION", frozenset({"cuda"}))
+    monkeypatch.setitem(MEASURED, "attention", frozenset({"some GPU"}))
     model, _, _ = build("transformer_admin")
     model(**batch()["net_input"])
     assert not calls

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from helpers import prepared, translate
 
-from admin_fairseq import attention
-from admin_fairseq.beams import by_sentence, repeats
+from admin_fairseq.fast import attention
+from admin_fairseq.fast.beams import by_sentence, repeats
+from admin_fairseq.fast.measured import MEASURED
 
 pytestmark = pytest.mark.skipif(
     not hasattr(F, "scaled_dot_product_attention"), reason="before torch 2.0 attention is fairseq's own"
@@ -195,7 +196,7 @@ def test_in_inference_mode(model, batch):
 
 
 def test_not_where_it_was_not_measured(model, batch, saved, monkeypatch):
-    monkeypatch.setattr(attention, "ONE_A_BEAM", frozenset())
+    monkeypatch.setitem(MEASURED, "beams", frozenset())
     one, task = model()
     translate([one], task, batch(4))
     assert max(saved) == 4 * BEAM

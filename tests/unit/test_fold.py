@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from argparse import Namespace
 
 import numpy as np
@@ -14,11 +15,10 @@ from fairseq.models.transformer import TransformerConfig
 from omegaconf import OmegaConf
 
 from admin_fairseq import AdminError, sub_layers
-from admin_fairseq.checkpoint import settings
-from admin_fairseq.fold import PADDING, fold, unfold
-from admin_fairseq.model import FAST_PATH_COPIES
-from admin_fairseq.verify import build as build_from
-from admin_fairseq.verify import verify
+from admin_fairseq.checkpoints.files import settings
+from admin_fairseq.checkpoints.fold import PADDING, fold, unfold
+from admin_fairseq.checkpoints.verify import compare, load_model
+from admin_fairseq.rules import FAST_PATH_COPIES
 
 NO_DROPOUT = ["--dropout", "0"]
 
@@ -333,30 +333,31 @@ def test_verify_in_float64_and_on_other_data(build, data, monkeypatch):
     admin, task, cfg = build("transformer_admin")
     state = state_of(randomise(admin, first=True), cfg)
     folded = fold(state, untie=True)
-    verify(state, folded, str(data), sentences=5, untie=True)
+    assert not compare(state, folded, str(data), sentences=5, untie=True).failures
 
     def slightly_wrong(state, untie):
         folded = fold(state, untie)
         folded["model"]["decoder.layers.0.fc2.bias"][0] += 1e-7
         return folded
 
-    monkeypatch.setattr("admin_fairseq.verify.fold", slightly_wrong)
-    with pytest.raises(AdminError, match=r"logits differ by \S+ in float64, more than 1.0e-09$"):
-        verify(state, folded, str(data), sentences=5, untie=True)
+    monkeypatch.setattr("admin_fairseq.checkpoints.verify.fold", slightly_wrong)
+    (failure,) = compare(state, folded, str(data), sentences=5, untie=True).failures
+    assert re.fullmatch(r"logits differ by \S+ in float64, more than 1.0e-09", failure)
     state["model"]["encoder.embed_tokens.weight"] = state["model"]["encoder.embed_tokens.weight"][:-1]
     with pytest.raises(AdminError, match=r"do not fit a model for DATA.*encoder.embed_tokens.weight"):
-        build_from(state, task)
+        load_model(state, task)
 
 
-def test_verify_finds_a_difference(build, data, capsys):
+def test_verify_finds_a_difference(build, data):
     admin, _, cfg = build("transformer_admin")
     state = state_of(randomise(admin), cfg)
     folded = fold(state)
-    verify(state, folded, str(data), sentences=10)
-    assert "10 of 10 translations are the same" in capsys.readouterr().out
+    found = compare(state, folded, str(data), sentences=10)
+    assert not found.failures
+    assert "10 of 10 translations are the same" in found.lines[-1]
     with pytest.raises(AdminError, match="no sentence"):
-        verify(state, folded, str(data), sentences=0)
+        compare(state, folded, str(data), sentences=0)
     output = folded["model"]["decoder.output_projection.weight"]
     folded["model"]["decoder.output_projection.weight"] = output.flip(0)
-    with pytest.raises(AdminError, match=r"logits differ by .* in float32, .*; \d+ of 10 translations differ"):
-        verify(state, folded, str(data), sentences=10)
+    failures = "; ".join(compare(state, folded, str(data), sentences=10).failures)
+    assert re.search(r"logits differ by .* in float32, .*; \d+ of 10 translations differ", failures)

@@ -13,7 +13,10 @@ from fairseq.modules import FairseqDropout
 from helpers import norm_with_values
 from torch import nn
 
-from admin_fairseq import AdminError, fused
+from admin_fairseq import AdminError
+from admin_fairseq.fast import norm as fast_norm
+from admin_fairseq.fast.measured import MEASURED
+from admin_fairseq.fast.norm import FastOmegaLayerNorm
 from admin_fairseq.norm import OmegaLayerNorm
 from benchmarks import kernel
 
@@ -21,7 +24,8 @@ from benchmarks import kernel
 def gradients(norm: OmegaLayerNorm, f: torch.Tensor, x: torch.Tensor, fast: str) -> list[torch.Tensor]:
     """Output and all five gradients, from the same seed."""
     norm, inputs = copy.deepcopy(norm), [f.detach().requires_grad_(), x.detach().requires_grad_()]
-    norm.fast = fast
+    if fast != "off":
+        norm.__class__ = FastOmegaLayerNorm
     torch.manual_seed(1)
     y = norm(tuple(inputs))
     y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape).sin())
@@ -50,8 +54,8 @@ def test_evaluation_needs_no_autograd_function(monkeypatch):
     norm = norm_with_values(dropout=nn.Dropout(0.5)).eval()
     f, x = torch.randn(2, 5, 6, dtype=torch.float64)
     expected = norm((f, x))
-    norm.fast = "measured"
-    monkeypatch.setattr(fused, "_FewerPasses", None)
+    norm.__class__ = FastOmegaLayerNorm
+    monkeypatch.setattr(fast_norm, "_FewerPasses", None)
     with torch.no_grad():
         torch.testing.assert_close(norm((f, x)), expected)
 
@@ -60,7 +64,7 @@ def test_evaluation_needs_no_autograd_function(monkeypatch):
 def test_gradcheck(p):
     def call(*inputs: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(1)
-        return fused.few_passes(*inputs, 1e-5, p)
+        return fast_norm.few_passes(*inputs, 1e-5, p)
 
     f, x = torch.randn(2, 4, 6, dtype=torch.float64)
     assert torch.autograd.gradcheck(
@@ -73,7 +77,7 @@ def test_empty_batch_and_second_backward():
     empty = torch.zeros(2, 0, 5, 6, dtype=torch.float64)
     for got, expected in zip(gradients(norm, *empty, "measured"), gradients(norm, *empty, "off")):
         assert torch.equal(got, expected)
-    norm.fast = "measured"
+    norm.__class__ = FastOmegaLayerNorm
     loss = norm(tuple(torch.randn(2, 5, 6, dtype=torch.float64).requires_grad_())).sum()
     loss.backward(retain_graph=True)
     first = norm.omega.grad.clone()
@@ -82,31 +86,31 @@ def test_empty_batch_and_second_backward():
 
 
 def test_switch(build):
-    """Off by itself; a fairseq model has the option's value in every sub-layer."""
+    """A fairseq model has the option's value in every sub-layer."""
     f = torch.zeros(2, 6)
     norm = OmegaLayerNorm(6, nn.Identity())
-    assert fused.choose(norm.fast, f, f, norm.omega, norm.weight, 0.0) is None
-    for option in ("measured", "off"):
+    for option, kind in (("measured", FastOmegaLayerNorm), ("all", FastOmegaLayerNorm), ("off", OmegaLayerNorm)):
         model, _, _ = build("transformer_admin", "--admin-fast", option)
         norms = [module for module in model.modules() if isinstance(module, OmegaLayerNorm)]
-        assert {norm.fast for norm in norms} == {option}
-    assert fused.choose("measured", f, f, norm.omega, norm.weight, 0.0) is fused.few_passes
+        assert {type(norm) for norm in norms} == {kind}
+        assert {getattr(norm, "mode", "off") for norm in norms} == {option}
+    assert fast_norm.choose("measured", f, f, norm.omega, norm.weight, 0.0) is fast_norm.few_passes
 
 
 def test_stays_eager_where_it_must(caplog):
     f, norm = torch.zeros(2, 6), OmegaLayerNorm(6, nn.Identity())
     half = f.half()
-    assert fused.choose("measured", f, f, norm.omega, norm.weight, 1.0) is None  # 1 / (1 - p)
-    assert fused.choose("measured", half, half, norm.omega.half(), norm.weight.half(), 0.0) is None
-    assert fused.choose("measured", f, half, norm.omega, norm.weight, 0.0) is None
+    assert fast_norm.choose("measured", f, f, norm.omega, norm.weight, 1.0) is None  # 1 / (1 - p)
+    assert fast_norm.choose("measured", half, half, norm.omega.half(), norm.weight.half(), 0.0) is None
+    assert fast_norm.choose("measured", f, half, norm.omega, norm.weight, 0.0) is None
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert fused.few_passes(f, f, norm.omega, norm.weight, norm.bias, 1e-5, 0.1).dtype == norm((f, f)).dtype
-    norm.fast = "measured"
+        assert fast_norm.few_passes(f, f, norm.omega, norm.weight, norm.bias, 1e-5, 0.1).dtype == norm((f, f)).dtype
+    norm.__class__ = FastOmegaLayerNorm
     traced = torch.jit.trace(norm, ((f, f),))
     assert "layer_norm" in str(traced.graph) and "PythonOp" not in str(traced.graph)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert fused._kernel(torch.device("cpu"), (torch.complex64,) * 4, 6, 6, 0.0) is None
+            assert fast_norm._kernel(torch.device("cpu"), (torch.complex64,) * 4, 6, 6, 0.0) is None
     assert caplog.text.count("computed eagerly") == 1
 
 
@@ -127,19 +131,20 @@ def test_switch_on_a_gpu(monkeypatch):
 
     class OnGpu(torch.Tensor):
         is_cuda = True
+        device = torch.device("cuda:7")  # of which no name is known yet
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(fused, "_kernel", lambda *_: "the kernels")
+    monkeypatch.setattr(fast_norm, "_kernel", lambda *_: "the kernels")
     x, norm = torch.zeros(2, 6).as_subclass(OnGpu), OmegaLayerNorm(6, nn.Identity())
     arguments = (x, x, norm.omega, norm.weight, 0.0)
-    assert fused.choose("all", *arguments) == "the kernels"
-    assert fused.choose("off", *arguments) is None
-    assert fused.choose("measured", *arguments) is None
-    monkeypatch.setattr(fused, "MEASURED_GPUS", frozenset({"Some GPU"}))
-    assert fused.choose("measured", *arguments) == "the kernels"
+    assert fast_norm.choose("all", *arguments) == "the kernels"
+    assert fast_norm.choose("off", *arguments) is None
+    assert fast_norm.choose("measured", *arguments) is None
+    monkeypatch.setitem(MEASURED, "sub-layer", frozenset({"Some GPU"}))
+    assert fast_norm.choose("measured", *arguments) == "the kernels"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert fused.choose("all", *arguments) is None
+    assert fast_norm.choose("all", *arguments) is None
 
 
 def test_benchmark(tmp_path, monkeypatch, capsys):

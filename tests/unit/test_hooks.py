@@ -9,7 +9,7 @@ import pytest
 import torch
 from fairseq.trainer import Trainer
 
-from admin_fairseq import AdminError, hooks, sub_layers
+from admin_fairseq import AdminError, hooks, start, sub_layers
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_with_several_workers_the_model_is_wrapped_before_it_is_profiled(trainer
     order = []
     wrapped = property(lambda self: order.append("wrapped") or self.get_model())
     monkeypatch.setattr(Trainer, "model", wrapped)
-    monkeypatch.setattr(hooks, "profile", lambda *args, **kwargs: order.append("profiled") or 1 / 0)
+    monkeypatch.setattr(start, "profile", lambda *args, **kwargs: order.append("profiled") or 1 / 0)
     one, _ = trainer()
     with pytest.raises(ZeroDivisionError):
         one.optimizer  # noqa: B018

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import run_alone
 
-from admin_fairseq import fused
+from admin_fairseq.fast import norm as fast_norm
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 if int(triton.__version__.split(".")[0]) < 3:
@@ -45,12 +45,12 @@ def test_a_kernel_that_does_not_compile_is_not_used(monkeypatch, caplog, fails):
                 raise RuntimeError("no compiler\nand more")
             return dy.half(), dy, dy[0], dy[0], dy[0], None, None
 
-    monkeypatch.setattr("admin_fairseq.kernels.omega_layer_norm", Kernel.apply)
-    fused._say.cache_clear()
+    monkeypatch.setattr("admin_fairseq.fast.kernels.omega_layer_norm", Kernel.apply)
+    fast_norm._say.cache_clear()
     dtypes = (torch.float16, torch.float32, torch.float32, torch.float32)
     state = torch.get_rng_state()
     with torch.no_grad(), caplog.at_level("WARNING"):
-        chosen = fused._kernel.__wrapped__(torch.device("cpu"), dtypes, 48, 48, 0.1)
+        chosen = fast_norm._kernel.__wrapped__(torch.device("cpu"), dtypes, 48, 48, 0.1)
     assert seen == [(list(dtypes), 48, 48, 0.1)]
     assert torch.equal(torch.get_rng_state(), state)
     assert (chosen is None) == (fails != "nothing")

@@ -11,7 +11,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 from fairseq.optim.adam import Adam
 from fairseq.trainer import Trainer
 
-from admin_fairseq import hooks, loss, optim
+from admin_fairseq.fast import adam, apply_to_trainer, loss
 
 PADDING = 1
 
@@ -108,18 +108,18 @@ def test_the_switch(build, tmp_path, flags, blockwise):
     criterion = task.build_criterion(cfg.criterion)
     trainer = Trainer(cfg, task, model, criterion)
     is_fused = blockwise and torch.__version__ >= "2.4"  # before, torch has no such kernel for CPUs
-    assert type(trainer.optimizer.optimizer) is (optim.FusedAdam if is_fused else Adam)
+    assert type(trainer.optimizer.optimizer) is (adam.FusedAdam if is_fused else Adam)
     assert ("compute_loss" in vars(criterion)) == blockwise
     assert type(criterion) is LabelSmoothedCrossEntropyCriterion
 
 
-def test_measured_leaves_unmeasured_devices_alone(criteria):
+def test_measured_leaves_unmeasured_devices_alone(criteria, monkeypatch):
     """A trainer on a GPU, where neither was measured."""
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "some GPU")
     criterion, _ = criteria()
     trainer = SimpleNamespace(
-        get_model=lambda: SimpleNamespace(admin_fast="measured"),
         get_criterion=lambda: criterion,
         device=torch.device("cuda"),
     )
-    hooks._speed_up(trainer)  # has no optimizer to fuse
+    apply_to_trainer(trainer, "measured")  # has no optimizer to fuse
     assert "compute_loss" not in vars(criterion)

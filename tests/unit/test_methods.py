@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from helpers import loss_and_gradients, prepared, unsettle
 
-from admin_fairseq import AdminError, logn_omega, sub_layers
+from admin_fairseq import AdminError, sub_layers
 from admin_fairseq.architectures import METHODS
 from admin_fairseq.methods import deepnorm_constants
+from admin_fairseq.omega import CLOSED_FORMS
 
 # Post-LN and Pre-LN are fairseq's own model, and the other names with Admin's model are options of it
 OURS = [method for method, (model, *_) in METHODS.items() if model != "transformer"]
@@ -174,7 +175,9 @@ def test_omega_options(option, width, build):
 @pytest.mark.parametrize("arguments", ["admin --admin-init logn", "admin_logn", "admin_sqrt"])
 def test_closed_forms(arguments, build):
     """microsoft/admin-torch's two output changes, O(log n) and O(1), with n sub-layers of a stack."""
-    assert logn_omega(200) == pytest.approx((201 / 5.303304908 - 1) ** 0.5)  # its 200-sub-layer encoder's, 6.07...
+    assert CLOSED_FORMS["logn"](2, 200) == pytest.approx(
+        (201 / 5.303304908 - 1) ** 0.5
+    )  # its example, 6.07
     model, _, _ = build(*f"transformer_{arguments}".split())
     for stack, n in ((model.encoder, 6), (model.decoder, 6)):
         expected = math.sqrt(n) if "sqrt" in arguments else math.sqrt((n + 1) / math.log(n + 1) - 1)

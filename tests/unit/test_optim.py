@@ -11,7 +11,8 @@ from fairseq.optim.adam import Adam, FairseqAdam, FairseqAdamConfig
 from helpers import needs_fused_adam
 
 from admin_fairseq import AdminError
-from admin_fairseq.optim import FusedAdam, RAdam, fuse
+from admin_fairseq.fast.adam import FusedAdam, fuse
+from admin_fairseq.optim import RAdam
 
 HAS_DECOUPLED_DECAY = torch.__version__ >= "2.2"
 
