@@ -1,8 +1,8 @@
 """Admin for fairseq: Transformers too deep for anyone else's recipe.
 
 ``fairseq-train DATA --user-dir admin_fairseq --arch transformer_admin_72 ...`` imports this package, which
-registers the architectures (:mod:`admin_fairseq.architectures`) and the profiling pre-pass
-(:mod:`admin_fairseq.hooks`).
+registers the architectures (:mod:`admin_fairseq.architectures`) and has the profiling pre-pass run in fairseq's
+trainer (:mod:`admin_fairseq.hooks`). The paper's equation is in :mod:`admin_fairseq.norm`.
 """
 
 import logging
@@ -22,10 +22,14 @@ except (ImportError, ValueError) as error:  # on Python 3.11 and newer fairseq 0
 finally:
     logging.root.removeHandler(_placeholder)
 
-from admin_fairseq import architectures, hooks, optim  # noqa: E402, F401  (they register themselves)
-from admin_fairseq.model import AdminLanguageModel, AdminModel, AdminTransformer, logn_omega, sub_layers  # noqa: E402
+from admin_fairseq import hooks, methods, optim  # noqa: E402, F401  (they register themselves)
+from admin_fairseq.architectures import register_method  # noqa: E402
+from admin_fairseq.model import AdminLanguageModel, AdminModel, AdminTransformer  # noqa: E402
 from admin_fairseq.norm import OmegaLayerNorm  # noqa: E402
-from admin_fairseq.profiling import Profile, Sample, profile, read_profile  # noqa: E402
+from admin_fairseq.omega import register_start, sub_layers  # noqa: E402
+from admin_fairseq.profile_file import Profile, read_profile  # noqa: E402
+from admin_fairseq.profiling import Sample, profile  # noqa: E402
+from admin_fairseq.rules import Rule  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,10 +39,12 @@ __all__ = [
     "AdminTransformer",
     "OmegaLayerNorm",
     "Profile",
+    "Rule",
     "Sample",
-    "logn_omega",
     "profile",
     "read_profile",
+    "register_method",
+    "register_start",
     "sub_layers",
 ]
 

@@ -1,40 +1,89 @@
-"""The named architectures: every method at every depth, as fairseq's ``--arch`` knows them.
+"""The named architectures: every method at every width and depth, as fairseq's ``--arch`` knows them.
 
 ``transformer_<method>`` is fairseq's base Transformer (6-6), ``transformer_<method>_<E>_<D>`` the same with E encoder
-and D decoder layers, and ``transformer_<method>_<suffix>`` the stock architecture of that suffix.
+and D decoder layers, and ``transformer_<method>_<suffix>`` the stock architecture of that suffix. Decoder-only:
+``transformer_lm_<method>`` is fairseq's base language model, ``transformer_lm_<method>_<N>`` the same with N layers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from argparse import Namespace
-from typing import Any, Callable
+import sys
+from argparse import ArgumentParser, Namespace
+from typing import Any, Callable, NamedTuple
 
-from fairseq.models import MODEL_REGISTRY, register_model_architecture, transformer_lm
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.models import MODEL_REGISTRY, register_model, register_model_architecture, transformer_lm
+from fairseq.models.transformer import TransformerModel
 from fairseq.models.transformer import transformer_legacy as transformer
-from fairseq.models.transformer_lm import TransformerLanguageModelConfig
+from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
 
-from admin_fairseq import methods, model  # noqa: F401  (its models register themselves)
-from admin_fairseq.config import flat, refuse_unknown
+from admin_fairseq.config import as_namespace, refuse_unknown
+from admin_fairseq.rules import Rule, RuledModel
 
 Defaults = Callable[[Any], None]
 
-# method: (the model it is, what its options are by default)
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "admin": ("transformer_admin", {}),
-    "admin_logn": ("transformer_admin", {"admin_init": "logn"}),  # admin-torch's O(log n)
-    "admin_sqrt": ("transformer_admin", {"admin_init": "sqrt"}),  # admin-torch's O(1)
-    "admin_fixed": ("transformer_admin", {"admin_omega": "fixed"}),
-    "admin_scalar": ("transformer_admin", {"admin_omega": "scalar"}),
-    "postln": ("transformer", {"encoder_normalize_before": False, "decoder_normalize_before": False}),
-    "preln": ("transformer", {"encoder_normalize_before": True, "decoder_normalize_before": True}),
-    **{method: (f"transformer_{method}", {}) for method in methods.RULES},
+DEPTHS = {
+    f"_{n}_{m}": (n, m)
+    for n, m in ((6, 6), (12, 1), (12, 2), (12, 12), (18, 2), (18, 18), (24, 6), (40, 6), (60, 12), (100, 100))
 }
-DEPTHS = {f"_{n}_{m}": (n, m) for n, m in ((6, 6), (12, 12), (18, 18), (60, 12), (100, 100))}
 DEPTHS.update({"_72": (60, 12), "_200": (100, 100)})
 STOCK = ("iwslt_de_en", "wmt_en_de", "wmt_en_de_big")
 LM_DEPTHS = (6, 12, 18, 24, 36, 48, 60, 72, 100)
+
+
+class Method(NamedTuple):
+    """The models that a method's architectures are of, and what the options of these models are by default."""
+
+    translation: str
+    language_model: str
+    options: dict
+
+
+METHODS: dict[str, Method] = {}  # by name
+
+
+class RuledLanguageModel(RuledModel):
+    """A decoder-only model whose layers follow a rule; mixed in before fairseq's class."""
+
+    @classmethod
+    def add_args(cls, parser: ArgumentParser) -> None:
+        gen_parser_from_dataclass(parser, TransformerLanguageModelConfig(), delete_default=True)
+        cls.add_own_args(parser)
+
+
+def register_method(name: str) -> Callable[[type[Rule]], type[Rule]]:
+    """A decorator that makes architectures of a :class:`~admin_fairseq.rules.Rule`: translation and language models."""
+
+    def register(rule: type[Rule]) -> type[Rule]:
+        bases = {"transformer": (RuledModel, TransformerModel)}
+        bases["transformer_lm"] = (RuledLanguageModel, TransformerLanguageModel)
+        for kind, classes in bases.items():
+            body = {"rule": rule, "method": name, "__module__": rule.__module__, "__doc__": rule.__doc__}
+            model = type(f"{rule.__name__}{classes[1].__name__}", classes, body)
+            setattr(sys.modules[rule.__module__], model.__name__, model)  # pickle finds a class by its name
+            register_model(f"{kind}_{name}")(model)
+        register_family(name, f"transformer_{name}", f"transformer_lm_{name}")
+        return rule
+
+    return register
+
+
+def register_family(method: str, translation: str, language_model: str, **options: Any) -> None:
+    """Register the architectures of a method: of these registered models, with these options by default."""
+    METHODS[method] = Method(translation, language_model, options)
+    name = f"transformer_{method}"
+    _register(translation, name, transformer.base_architecture, **options)
+    for suffix, (n, m) in DEPTHS.items():
+        layers = {"encoder_layers": n, "decoder_layers": m}
+        _register(translation, name + suffix, transformer.base_architecture, **layers, **options)
+    for suffix in STOCK:
+        _register(translation, f"{name}_{suffix}", getattr(transformer, f"transformer_{suffix}"), **options)
+    name = f"transformer_lm_{method}"
+    _register(language_model, name, _base_lm, **options)
+    for n in LM_DEPTHS:
+        _register(language_model, f"{name}_{n}", _base_lm, decoder_layers=n, **options)
 
 
 def _register(model_name: str, name: str, base: Defaults, **defaults: Any) -> None:
@@ -43,7 +92,7 @@ def _register(model_name: str, name: str, base: Defaults, **defaults: Any) -> No
     @register_model_architecture(model_name, name)
     def architecture(args: Any) -> None:
         own = getattr(MODEL_REGISTRY[model_name], "own_options", None)  # None: fairseq's model itself
-        options = flat(args)
+        options = as_namespace(args)
         if options is not args and own is not None:
             stock = Namespace()
             base(stock)
@@ -63,25 +112,18 @@ def _register(model_name: str, name: str, base: Defaults, **defaults: Any) -> No
                 args[key] = value
 
 
-def _post_ln_lm(args: Namespace) -> None:
-    """Stock base language model, but Post-LN."""
+def _base_lm(args: Namespace) -> None:
+    """Stock base language model, but Post-LN unless asked otherwise."""
+    normalize_before = getattr(args, "decoder_normalize_before", False)
     transformer_lm.base_lm_architecture(args)
-    args.decoder_normalize_before = False
+    args.decoder_normalize_before = normalize_before
     for field in dataclasses.fields(TransformerLanguageModelConfig):
         is_interpolation = str(field.default).startswith("${")  # of another section: task, common
         if not hasattr(args, field.name) and not is_interpolation:
             setattr(args, field.name, field.default)
 
 
-for _method, (_model, _options) in METHODS.items():
-    _name = f"transformer_{_method}"
-    _register(_model, _name, transformer.base_architecture, **_options)
-    for _suffix, (_n, _m) in DEPTHS.items():
-        _depth = {"encoder_layers": _n, "decoder_layers": _m}
-        _register(_model, _name + _suffix, transformer.base_architecture, **_depth, **_options)
-    for _suffix in STOCK:
-        _register(_model, f"{_name}_{_suffix}", getattr(transformer, f"transformer_{_suffix}"), **_options)
-
-_register("transformer_lm_admin", "transformer_lm_admin", _post_ln_lm)
-for _n in LM_DEPTHS:
-    _register("transformer_lm_admin", f"transformer_lm_admin_{_n}", _post_ln_lm, decoder_layers=_n)
+# fairseq's own models
+for _method, _is_pre_ln in (("postln", False), ("preln", True)):
+    _normalize = {"encoder_normalize_before": _is_pre_ln, "decoder_normalize_before": _is_pre_ln}
+    register_family(_method, "transformer", "transformer_lm", **_normalize)

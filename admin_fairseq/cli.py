@@ -1,4 +1,4 @@
-"""The command ``admin-fairseq`` (also ``python -m admin_fairseq``)."""
+"""The command ``admin-fairseq`` (also ``python -m admin_fairseq``): what reads, writes and prints."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import contextlib
 import os
 import signal
 import warnings
+import zipfile
 from typing import Iterator
 
+from tqdm import tqdm
+
 import admin_fairseq
-from admin_fairseq import checkpoint
+from admin_fairseq.analysis import spread
 from admin_fairseq.analysis.cli import add_parser as add_analyze
-from admin_fairseq.analysis.spread import run as measure_spread
-from admin_fairseq.average import average, select
-from admin_fairseq.deepen import deepen
+from admin_fairseq.checkpoints import files, show
+from admin_fairseq.checkpoints.authors import convert
+from admin_fairseq.checkpoints.average import average, select
+from admin_fairseq.checkpoints.deepen import deepen
+from admin_fairseq.checkpoints.fold import fold, unfold
+from admin_fairseq.checkpoints.verify import compare
 from admin_fairseq.errors import AdminError
-from admin_fairseq.files import refuse_output
-from admin_fairseq.fold import fold, unfold
-from admin_fairseq.legacy import import_checkpoint
-from admin_fairseq.show import show
-from admin_fairseq.verify import verify
+from admin_fairseq.files import json_text, refuse_output
+from admin_fairseq.profile_file import read_profile
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     command = commands.add_parser("show", help="print omega by sub-layer, from a checkpoint or a profile")
     command.add_argument("file", help="a checkpoint (*.pt), an admin_profile.json or a profile.ratio.init")
     command.add_argument("--json", action="store_true", help="print JSON")
-    command.set_defaults(run=lambda args: show(args.file, args.json))
+    command.set_defaults(run=_show)
 
     command = commands.add_parser(
         "profile",
@@ -60,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         help="with 2 or more: the spread over N initialisations (default: 1)",
     )
     command.add_argument("--format", choices=["svg", "png"], default="svg", help="of the figure (default: svg)")
-    command.set_defaults(run=measure_spread, takes_rest=True)
+    command.set_defaults(run=spread.main, takes_rest=True)
 
     command = commands.add_parser(
         "average",
@@ -91,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         " that computes the same.",
     )
     _add_files(command)
-    command.set_defaults(run=lambda args: print(import_checkpoint(args.input, args.output)))
+    command.set_defaults(run=_import)
 
     command = commands.add_parser(
         "fold",
@@ -171,33 +174,64 @@ def _named(path: str) -> Iterator[None]:
         raise AdminError(f"{path}: {error}") from error
 
 
+def _show(args: argparse.Namespace) -> None:
+    """Of a checkpoint also the first omega, if the profile still lies in its folder."""
+    if args.file.endswith(".pt") or zipfile.is_zipfile(args.file):  # torch.save writes zip archives
+        profile = os.path.join(os.path.dirname(args.file), "admin_profile.json")
+        weights = files.load(args.file)["model"]
+        table = show.from_weights(weights, read_profile(profile) if os.path.exists(profile) else None)
+    else:
+        table = show.from_profile(read_profile(args.file))
+    if not table:
+        raise AdminError(f"{args.file} holds no omega: it is not of an Admin model")
+    print(json_text(table) if args.json else show.text(table), end="")
+
+
+def _import(args: argparse.Namespace) -> None:
+    refuse_output(args.input, args.output)
+    state = files.load(args.input)
+    try:
+        state = convert(state)
+    except AdminError as error:
+        raise AdminError(f"cannot import {args.input}: {error}") from error
+    files.save(state, args.output)
+    ranges = []
+    for stack, rows in show.from_weights(state["model"]).items():
+        omegas = [row["omega"] for row in rows]
+        ranges.append(f"{len(omegas)} {stack} omegas from {min(omegas):.3f} to {max(omegas):.3f}")
+    print(f"{args.output}: a checkpoint of transformer_admin with {' and '.join(ranges)}, without optimizer state")
+
+
 def _fold(args: argparse.Namespace) -> None:
     refuse_output(args.input, args.output)
-    state = checkpoint.load(args.input)
+    state = files.load(args.input)
     with _named(args.input):
         folded = fold(state, args.untie, args.keep_optimizer)
     if args.verify is not None:
-        verify(state, folded, args.verify, args.sentences, args.untie)
-    checkpoint.save(folded, args.output)
+        found = compare(state, folded, args.verify, args.sentences, args.untie)
+        print("\n".join(found.lines))
+        if found.failures:
+            raise AdminError("the fold does not compute the same: " + "; ".join(found.failures))
+    files.save(folded, args.output)
     print(f"{args.output}: {args.input} as a stock {folded['args'].arch}")
 
 
 def _unfold(args: argparse.Namespace) -> None:
     refuse_output(args.input, args.output)
-    state = checkpoint.load(args.input)
+    state = files.load(args.input)
     with _named(args.input):
         unfolded = unfold(state, args.keep_optimizer)
-    checkpoint.save(unfolded, args.output)
+    files.save(unfolded, args.output)
     print(f"{args.output}: {args.input} as a {unfolded['args'].arch} with omega 1")
 
 
 def _deepen(args: argparse.Namespace) -> None:
     refuse_output(args.input, args.output)
-    state = checkpoint.load(args.input)
+    state = files.load(args.input)
     layers = {"encoder": args.encoder_layers, "decoder": args.decoder_layers}
     with _named(args.input):
         deeper, changes = deepen(state, args.data, layers, args.change)
-    checkpoint.save(deeper, args.output)
+    files.save(deeper, args.output)
     depths = [f"{stack} {change.old} to {change.new} layers" for stack, change in changes.items()]
     shares = [f"{stack} {change.share:.3f}" for stack, change in changes.items()]
     print(f"{args.output}: {', '.join(depths)}; change of the outputs' variance: {', '.join(shares)}")
@@ -217,5 +251,6 @@ def _average(args: argparse.Namespace) -> None:
         raise AdminError("--num-epoch-checkpoints and --num-update-checkpoints select from one folder; give one input")
     else:
         paths = select(paths[0], count, by_update, args.checkpoint_upper_bound)
-    average(paths, args.output)
+    read = tqdm(paths, desc="averaging", unit="checkpoint", delay=3)
+    files.save(average((path, files.load(path)) for path in read), args.output)
     print(f"{args.output}: the average of {', '.join(paths)}")

@@ -14,7 +14,7 @@ from admin_fairseq.errors import AdminError
 POSITIONS = ("max_source_positions", "max_target_positions", "tokens_per_sample")  # options of the task
 
 
-def flat(args: Any) -> Namespace:
+def as_namespace(args: Any) -> Namespace:
     """fairseq-train's flat namespace; from hydra's config with ``encoder: {layers: 6}`` or ``encoder_layers: 6``.
 
     Raises:
@@ -35,7 +35,7 @@ def flat(args: Any) -> Namespace:
 
 
 def refuse_unknown(args: Namespace, model: str, defaults: Iterable[str]) -> None:
-    """hydra checks what a config file says against a dataclass, which our models have not (see :func:`flat`).
+    """hydra checks what a config file says against a dataclass, which our models have not (see :func:`as_namespace`).
 
     Raises:
         AdminError: an option is none of the model's own nor among the architecture's ``defaults``.

@@ -1,7 +1,8 @@
 """The methods that Admin is compared with, on the same layers, stacks and models.
 
 x is a sub-layer's input, f its residual branch after dropout, LN the sub-layer's LayerNorm, N and M the number of
-encoder and decoder layers. Post-LN is LN(x + f); each method below changes that rule or how weights start.
+encoder and decoder layers. Post-LN is LN(x + f); each method below changes that rule or how weights start, and
+@register_method makes architectures of it. docs/extending.md says how to add one, here or in a folder of your own.
 Post-LN and Pre-LN themselves are fairseq's own model (:mod:`admin_fairseq.architectures`), and the closed forms,
 fixed and scalar omega are options of Admin (:mod:`admin_fairseq.model`).
 """
@@ -12,14 +13,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fairseq.models import register_model
-from fairseq.models.transformer import TransformerModel
 from torch import Tensor, nn
 
+from admin_fairseq.architectures import register_method
 from admin_fairseq.errors import AdminError
-from admin_fairseq.layers import Rule, RuledModel
+from admin_fairseq.rules import Rule
 
 
+@register_method("rezero_postln")
 class ReZeroPostLN(Rule):
     """LN(x + a f), with one trainable scalar a a layer that starts at 0.
 
@@ -33,6 +34,7 @@ class ReZeroPostLN(Rule):
         return residual + self.rezero_weight * x
 
 
+@register_method("rezero")
 class ReZero(ReZeroPostLN):
     """x + a f, with one trainable scalar a a layer that starts at 0, and no LayerNorm.
 
@@ -45,6 +47,7 @@ class ReZero(ReZeroPostLN):
             setattr(self, name, nn.Identity())
 
 
+@register_method("deepnorm")
 class DeepNorm(Rule):
     """LN(alpha x + f), weights drawn from Xavier's normal distribution with gain beta.
 
@@ -57,9 +60,10 @@ class DeepNorm(Rule):
     """
 
     depth_matters = True  # alpha
+    start_depends_on_depth = True
 
     def set_up(self, stack: str, layers: dict[str, int]) -> None:
-        self.alpha, beta = deepnorm_constants(layers["encoder"], layers["decoder"])[stack]
+        self.alpha, beta = deepnorm_constants(layers.get("encoder", 0), layers["decoder"])[stack]
         for name, module in self.named_modules():
             projection = name.split(".")[-1]
             if projection in ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"):
@@ -72,11 +76,13 @@ class DeepNorm(Rule):
 
 
 def deepnorm_constants(encoder_layers: int, decoder_layers: int) -> dict[str, tuple[float, float]]:
-    """(alpha, beta) of the encoder and of the decoder of an N-M encoder-decoder model.
+    """(alpha, beta) by stack, of a model with N encoder and M decoder layers; N is 0 for a decoder-only model.
 
     Encoder: 0.81 (N^4 M)^(1/16) and 0.87 (N^4 M)^(-1/16). Decoder: (3 M)^(1/4) and (12 M)^(-1/4).
-    Source: Wang et al. 2022, figure 2.
+    Decoder-only: (2 M)^(1/4) and (8 M)^(-1/4). Source: Wang et al. 2022, figure 2.
     """
+    if encoder_layers == 0:
+        return {"decoder": ((2 * decoder_layers) ** (1 / 4), (8 * decoder_layers) ** (-1 / 4))}
     both = encoder_layers**4 * decoder_layers
     return {
         "encoder": (0.81 * both ** (1 / 16), 0.87 * both ** (-1 / 16)),
@@ -84,6 +90,7 @@ def deepnorm_constants(encoder_layers: int, decoder_layers: int) -> dict[str, tu
     }
 
 
+@register_method("looklinear")
 class LookLinear(Rule):
     """Post-LN whose feed-forward networks start as linear maps: half of the hidden units mirror the other half.
 
@@ -108,6 +115,7 @@ class LookLinear(Rule):
             self.fc2.weight[:, half:] = -self.fc2.weight[:, :half]
 
 
+@register_method("b2t")
 class BottomToTop(Rule):
     """Post-LN, with the layer's input added once more before the layer's last LayerNorm.
 
@@ -116,6 +124,9 @@ class BottomToTop(Rule):
     Source: Takase et al. 2023, "B2T Connection: Serving Stability and Performance in Deep Transformers", section 4;
     the scale is that of their code (takase/b2t_connection, transformer_layer.py).
     """
+
+    start_depends_on_depth = True
+    crosses_sub_layers = True
 
     def set_up(self, stack: str, layers: dict[str, int]) -> None:
         with torch.no_grad():
@@ -141,6 +152,7 @@ class BottomToTopNorm(nn.LayerNorm):
         return super().forward(x + self.bottom)
 
 
+@register_method("residual")
 class ResiDual(Rule):
     """Post-LN beside a Pre-LN shortcut: x <- LN(x + f(x)) and s <- s + f(x), and the stack ends in x + LN(s).
 
@@ -149,6 +161,8 @@ class ResiDual(Rule):
     Between layers the two travel side by side, as one tensor (time, batch, 2 d), so that
     fairseq's stacks, activation checkpointing and incremental decoding serve as they are.
     """
+
+    crosses_sub_layers = True
 
     @staticmethod
     def set_up_stack(stack: nn.Module) -> None:
@@ -180,17 +194,3 @@ class ResiDualNorm(nn.LayerNorm):
 def _split(both: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """x and s; in front of the first layer they are the same."""
     return both.split(dim, dim=-1) if both.shape[-1] == 2 * dim else (both, both)
-
-
-RULES: dict[str, type[Rule]] = {
-    "rezero": ReZero,
-    "rezero_postln": ReZeroPostLN,
-    "deepnorm": DeepNorm,
-    "looklinear": LookLinear,
-    "b2t": BottomToTop,
-    "residual": ResiDual,
-}
-for _name, _rule in RULES.items():
-    register_model(f"transformer_{_name}")(
-        type(f"{_rule.__name__}Transformer", (RuledModel, TransformerModel), {"rule": _rule})
-    )

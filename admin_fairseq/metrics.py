@@ -8,13 +8,14 @@ derives when it reports, so other steps cost nothing, and that it does not write
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable
+from typing import Any
 
 import torch
-from fairseq.logging import metrics, progress_bar
+from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 
-from admin_fairseq.model import AdminModel, sub_layers
+from admin_fairseq.model import AdminModel
+from admin_fairseq.omega import sub_layers
 
 PREFIXES = ("omega_mean/", "omega_std/")
 
@@ -49,17 +50,7 @@ def log_omega(trainer: Trainer) -> None:
             metrics.log_derived(name, lambda _, name=name: at(trainer.get_num_updates())[name])
 
 
-def keep_out_of_text() -> None:
-    """The console and the log file show no metric of a single sub-layer: there are hundreds."""
-    for bar in (progress_bar.BaseProgressBar, progress_bar.JsonProgressBar):
-        bar._format_stats = _without_omega(bar._format_stats)
-
-
-def _without_omega(format_stats: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(format_stats)
-    def without_omega(self: Any, stats: dict[str, Any], *args: Any, **options: Any) -> Any:
-        # at the end of an epoch JsonProgressBar puts train_ before each name
-        shown = {name: stat for name, stat in stats.items() if not any(prefix in name for prefix in PREFIXES)}
-        return format_stats(self, shown, *args, **options)
-
-    return without_omega
+def without_omega(stats: dict[str, Any]) -> dict[str, Any]:
+    """Without these metrics, of which there are hundreds: what the console and the log file show."""
+    # at the end of an epoch JsonProgressBar puts train_ before each name
+    return {name: stat for name, stat in stats.items() if not any(prefix in name for prefix in PREFIXES)}

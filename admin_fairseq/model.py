@@ -7,22 +7,22 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 from argparse import ArgumentParser, Namespace
-from typing import Any, ClassVar, Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
-from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import register_model
 from fairseq.models.transformer import TransformerModel
-from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
+from fairseq.models.transformer_lm import TransformerLanguageModel
 from torch import Tensor, nn
 
-from admin_fairseq.attention import speed_up
+from admin_fairseq import fast
+from admin_fairseq.architectures import RuledLanguageModel, register_family
 from admin_fairseq.errors import AdminError
-from admin_fairseq.layers import FAST_PATH_COPIES, Rule, RuledModel
 from admin_fairseq.norm import OmegaLayerNorm
+from admin_fairseq.omega import CLOSED_FORMS, depends_on_depth, set_omega, sub_layers
+from admin_fairseq.rules import FAST_PATH_COPIES, Rule, RuledModel
 
 logger = logging.getLogger(__name__)
 
@@ -45,38 +45,6 @@ class AdminRule(Rule):
         return x, residual
 
 
-def sub_layers(stack: nn.Module) -> dict[str, OmegaLayerNorm]:
-    """The omegas' owners in forward order, by name: two an encoder layer, three a decoder layer."""
-    return {name: module for name, module in stack.named_modules() if isinstance(module, OmegaLayerNorm)}
-
-
-def set_omega(norms: Iterable[OmegaLayerNorm], values: Sequence[float]) -> None:
-    """Fill each sub-layer's omega with one number, in forward order."""
-    with torch.no_grad():
-        for norm, value in zip(norms, values):
-            norm.omega.fill_(value)
-
-
-def logn_omega(sub_layers: int) -> float:
-    """omega of a stack of N sub-layers for an O(log N) output change, without profiling.
-
-    sqrt((N + 1) / ln(N + 1) - 1), from microsoft/admin-torch (Liu et al. 2020, Corollary 2).
-    """
-    return math.sqrt((sub_layers + 1) / math.log(sub_layers + 1) - 1)
-
-
-# --admin-init without profiling: a stack of N sub-layers starts from this omega. As with a profile, the first sub-layer
-# keeps omega 1 and the others are trained; admin-torch by default does not train omega, and sets the first one too.
-CLOSED_FORMS = {
-    "logn": logn_omega,
-    "sqrt": math.sqrt,  # microsoft/admin-torch's O(1): the output change does not grow with N
-    "unit": lambda sub_layers: 1.0,  # stock Post-LN
-}
-
-
-FAST = ("measured", "all", "off")  # --admin-fast
-
-
 class AdminModel(RuledModel):
     """What Admin models share; mixed in before fairseq's model class.
 
@@ -84,6 +52,7 @@ class AdminModel(RuledModel):
     plain Post-LN Transformer (omega 1), waiting for the profiling pre-pass.
     """
 
+    method = "admin"
     rule = AdminRule
     own_options: ClassVar = {
         "admin_init": "profile",
@@ -100,12 +69,15 @@ class AdminModel(RuledModel):
 
     @staticmethod
     def add_own_args(parser: ArgumentParser) -> None:
+        forms = (
+            f"{name}: {(form.__doc__ or 'a closed form').strip().splitlines()[0]}"
+            for name, form in CLOSED_FORMS.items()
+        )
         parser.add_argument(
             "--admin-init",
             choices=["profile", *CLOSED_FORMS],
-            help="how omega starts: from a profiling pre-pass over the first training batches (default), from"
-            " the closed forms sqrt((N+1)/ln(N+1)-1) (logn) or sqrt(N) (sqrt) for N sub-layers, or at 1 (unit: plain"
-            " Post-LN)",
+            help="how omega starts. profile: from a profiling pre-pass over the first training batches (default);"
+            f" {'; '.join(forms)}",
         )
         parser.add_argument(
             "--admin-profile",
@@ -127,7 +99,7 @@ class AdminModel(RuledModel):
         )
         parser.add_argument(
             "--admin-fast",
-            choices=FAST,
+            choices=fast.MODES,
             help="which of the faster computations of the same values to use: those that were measured to help on this"
             " kind of device (measured, default), those too that were not measured there (all), or none (off)",
         )
@@ -136,13 +108,15 @@ class AdminModel(RuledModel):
     def check(cls, args: Namespace) -> None:
         super().check(args)
         init, profile, batches = args.admin_init, args.admin_profile, args.admin_profile_batches
-        if init not in ("profile", *CLOSED_FORMS):
-            raise AdminError(f"--admin-init {init}: choose profile, logn, sqrt or unit")
-        if args.admin_omega not in ("vector", "scalar", "fixed"):
-            raise AdminError(f"--admin-omega {args.admin_omega}: choose vector, scalar or fixed")
-        fast = getattr(args, "admin_fast", "measured")
-        if fast not in FAST:
-            raise AdminError(f"--admin-fast {fast}: choose measured, all or off")
+        choices = {
+            "admin_init": ("profile", *CLOSED_FORMS),
+            "admin_omega": ("vector", "scalar", "fixed"),
+            "admin_fast": fast.MODES,
+        }
+        for option, known in choices.items():  # hydra does not check them
+            if getattr(args, option) not in known:
+                name = option.replace("_", "-")
+                raise AdminError(f"--{name} {getattr(args, option)}: choose {', '.join(known[:-1])} or {known[-1]}")
         if profile is not None and init != "profile":
             raise AdminError(f"--admin-profile and --admin-init {init} exclude each other; give one of them")
         if batches is not None and (profile is not None or init != "profile"):
@@ -160,23 +134,25 @@ class AdminModel(RuledModel):
 
     @classmethod
     def finish(cls, model: AdminModel, args: Namespace) -> AdminModel:
-        for option in ("admin_init", "admin_profile", "admin_profile_batches"):
+        for option in ("admin_init", "admin_profile", "admin_profile_batches", "admin_fast"):
             setattr(model, option, getattr(args, option))
-        model.admin_fast = getattr(args, "admin_fast", "measured")  # checkpoints of version 0.1.0 lack it
-        if model.admin_fast != "off":
-            speed_up(model.stacks(), everywhere=model.admin_fast == "all")
+        fast.apply(model.stacks(), model.admin_fast)
         for stack in model.stacks().values():
             norms = list(sub_layers(stack).values())
             for norm in norms:
-                norm.fast = model.admin_fast
                 if args.admin_omega == "scalar":
                     norm.omega = nn.Parameter(norm.omega[:1].clone(), norm.omega.requires_grad)
                 elif args.admin_omega == "fixed":
                     norm.omega.requires_grad_(False)
             if args.admin_init != "profile":
-                set_omega(norms[1:], [CLOSED_FORMS[args.admin_init](len(norms))] * len(norms))
+                form = CLOSED_FORMS[args.admin_init]
+                set_omega(norms[1:], [form(i, len(norms)) for i in range(2, len(norms) + 1)])
                 model.omega_source = f"--admin-init {args.admin_init}"
         return model
+
+    def depth_dependent_start(self) -> str | None:
+        form = CLOSED_FORMS.get(self.admin_init)
+        return f"--admin-init {self.admin_init}" if form and depends_on_depth(form) else None
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -210,13 +186,18 @@ class AdminTransformer(AdminModel, TransformerModel):
 
 
 @register_model("transformer_lm_admin")
-class AdminLanguageModel(AdminModel, TransformerLanguageModel):
+class AdminLanguageModel(AdminModel, RuledLanguageModel, TransformerLanguageModel):
     """Decoder-only language model with Admin."""
 
-    @classmethod
-    def add_args(cls, parser: ArgumentParser) -> None:
-        gen_parser_from_dataclass(parser, TransformerLanguageModelConfig(), delete_default=True)
-        cls.add_own_args(parser)
+
+for _method, _options in {
+    "admin": {},
+    "admin_logn": {"admin_init": "logn"},
+    "admin_sqrt": {"admin_init": "sqrt"},
+    "admin_fixed": {"admin_omega": "fixed"},
+    "admin_scalar": {"admin_omega": "scalar"},
+}.items():
+    register_family(_method, "transformer_admin", "transformer_lm_admin", **_options)
 
 
 def _warn_if_unset(model: AdminModel, _: Any) -> None:

@@ -1,23 +1,15 @@
 """The profiling pre-pass: from the variances of the residual branches to the first value of each omega.
 
-Per stack, in forward order, starting from r = 1:
-
-    omega_i = r;   r = sqrt(Var[omega_i * x_{i-1}] + Var[dropout(f_i)])
-
-omega_i is applied at once, so deeper sub-layers are measured in the network that will be trained. Since
-Var[x_{i-1}] is 1 behind a LayerNorm, omega_i is about sqrt(1 + sum_{j<i} Var[f_j]). The rule is the authors'
-(Liu et al. 2020, section 4.3, and their code); padding positions are left out of every variance here.
+Per stack, in forward order: omega_1 = 1, and each next omega by :func:`admin_fairseq.omega.next_omega` from the two
+variances of the sub-layer before it. omega_i is applied at once, so deeper sub-layers are measured in the network that
+will be trained. Padding positions are left out of every variance, which the authors' code does not do.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import json
-import logging
 import math
-import threading
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Callable, Dict, Iterator, NamedTuple, Sequence
 
@@ -27,14 +19,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from admin_fairseq.errors import AdminError
-from admin_fairseq.files import json_text, writing
-from admin_fairseq.model import AdminModel, set_omega, sub_layers
+from admin_fairseq.model import AdminModel
 from admin_fairseq.norm import OmegaLayerNorm
-
-logger = logging.getLogger(__name__)
-
-VERSION = 1  # of the profile file
-STACKS = ("encoder", "decoder")
+from admin_fairseq.omega import next_omega, observed, sub_layers
+from admin_fairseq.profile_file import STACKS, Profile
+from admin_fairseq.turns import Turns
 
 
 class Sample(NamedTuple):
@@ -53,184 +42,6 @@ class Sample(NamedTuple):
         """The stack's input tokens, (batch, time); a language model's decoder reads src_tokens."""
         decoder_only = "prev_output_tokens" not in self.net_input
         return self.net_input["src_tokens" if stack == "encoder" or decoder_only else "prev_output_tokens"]
-
-
-@dataclass
-class Profile:
-    """omega's first values and what they were measured on.
-
-    ``encoder`` and ``decoder`` hold one omega a sub-layer in forward order: 2 an encoder layer, 3 a decoder
-    layer, 2 a language model's layer (and no encoder). ``branch_variance`` holds Var[dropout(f_i)] in the same
-    order, ``tokens`` the number of positions measured in each stack (padding left out, all batches and workers
-    together).
-    """
-
-    encoder: list[float]
-    decoder: list[float]
-    branch_variance: dict[str, list[float]] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
-    batches: int = 0
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def apply(self, model: AdminModel) -> None:
-        """Fill the model's omegas.
-
-        Raises:
-            AdminError: the profile is of a model of another depth.
-        """
-        for name in STACKS:
-            expected = len(sub_layers(model.stacks()[name])) if name in model.stacks() else 0
-            if len(getattr(self, name)) != expected:
-                raise AdminError(
-                    f"the profile has {len(getattr(self, name))} {name} sub-layers, the model {expected}"
-                    " (2 an encoder layer, 3 a decoder layer, 2 a language model's layer); profile this model, or set"
-                    " --encoder-layers and --decoder-layers to the profile's depth"
-                )
-        for name, stack in model.stacks().items():
-            if getattr(self, name)[:1] not in ([], [1.0]):
-                logger.warning(
-                    f"the profile's first {name} omega, {getattr(self, name)[0]}, is not used: it is fixed at 1"
-                )
-            set_omega(sub_layers(stack).values(), [1.0, *getattr(self, name)[1:]])
-        model.omega_source = "a profile"
-
-    def shares(self, stack: str) -> list[float]:
-        """Of each sub-layer's sum, the share of its branch: Var[f_i] / (Var[omega_i * x_{i-1}] + Var[f_i]).
-
-        The sum is omega_{i+1}^2, by the rule; the last sub-layer's input has variance 1. Empty where Var[f] is unknown.
-        """
-        omegas, branches = getattr(self, stack), self.branch_variance.get(stack, [])
-        sums = [omega**2 for omega in omegas[1:]] + [omegas[-1] ** 2 + branches[-1]] if branches else []
-        return [branch / total for branch, total in zip(branches, sums)]
-
-    def write(self, path: str) -> None:
-        """Write JSON; the file appears whole or not at all.
-
-        Raises:
-            AdminError: it cannot be written.
-        """
-        with writing(path, f"the profile {path}") as out:
-            out.write(json_text({"version": VERSION, **asdict(self)}).encode())
-
-
-def read_profile(path: str, encoder_sub_layers: int | None = None, decoder_sub_layers: int | None = None) -> Profile:
-    """Read our ``admin_profile.json`` or the authors' ``profile.ratio.init``.
-
-    The authors write one omega a line, encoder first, with (Transformer-Clinic) or without (deepnmt) the
-    sub-layer's number before it. The decoder begins where the numbers restart, or at the second omega 1;
-    only where neither is there does ``encoder_sub_layers`` tell. In half precision their profiling measures the
-    two first layers once more (their omega is still 1) and writes those five lines again at the end. The authors
-    never read them, nor are they read here, where the numbers restart or ``decoder_sub_layers`` tells.
-
-    Raises:
-        AdminError: the file is missing or malformed, or an omega is not finite and positive.
-    """
-    try:
-        with open(path, encoding="utf-8-sig") as lines:
-            text = lines.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise AdminError(f"cannot read the profile {path}: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        if text.lstrip().startswith("{"):
-            content = json.loads(text)
-            if content.get("version", VERSION) != VERSION:
-                raise ValueError(f"version {content['version']}; this admin_fairseq reads version {VERSION}")
-            for name in STACKS:
-                numbers = content[name]
-                if not isinstance(numbers, list) or not {type(number) for number in numbers} <= {int, float}:
-                    raise TypeError(f"{name} is not a list of numbers")
-            profile = Profile(**{name: [float(omega) for omega in content[name]] for name in STACKS})
-            for name, variances in content.get("branch_variance", {}).items():
-                if len(variances) == len(content[name]):
-                    profile.branch_variance[name] = [float(variance) for variance in variances]
-        else:
-            profile = _parse_authors_profile(text, encoder_sub_layers, decoder_sub_layers)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise AdminError(
-            f"the profile {path} is malformed ({type(error).__name__}: {str(error)[:100]});"
-            ' expected an admin_profile.json with lists "encoder" and "decoder", or a profile.ratio.init'
-        ) from error
-    for name in STACKS:
-        for number, omega in enumerate(getattr(profile, name), start=1):
-            stored = torch.tensor(omega, dtype=torch.float32).item()
-            if not (math.isfinite(stored) and stored > 0):
-                raise AdminError(
-                    f"the profile {path} holds omega {omega} for {name} sub-layer {number}; omega must be finite"
-                    " and positive"
-                )
-    return profile
-
-
-def _parse_authors_profile(text: str, encoder_sub_layers: int | None, decoder_sub_layers: int | None) -> Profile:
-    rows = [[float(part) for part in line.split()] for line in text.splitlines() if line.strip()]
-    if not rows or {len(row) for row in rows} not in ({1}, {2}):
-        raise ValueError("expected one omega a line, or a number and an omega")
-    omegas = [row[-1] for row in rows]
-    ones = [index for index, row in enumerate(rows) if row[0] == 1.0]
-    is_numbered = len(rows[0]) == 2
-    split = ones[1] if len(ones) == 2 or (is_numbered and len(ones) > 2) else encoder_sub_layers
-    if is_numbered and len(ones) > 2:
-        end = ones[2]
-    else:
-        end = len(rows) if split is None or decoder_sub_layers is None else split + decoder_sub_layers
-    if not (0 < len(rows) - end <= 5 and omegas[end] != 1.0):  # the first layers once more: two lines and three
-        end = len(rows)
-    if is_numbered:
-        starts = [index for index in ones if index < end]
-        expected = [n for first, last in zip(starts, [*starts[1:], end]) for n in range(1, last - first + 1)]
-        if len(starts) > 2 or [row[0] for row in rows[:end]] != expected:
-            raise ValueError("its numbers do not run from 1 for the encoder and from 1 again for the decoder")
-    if split is None:
-        raise ValueError("cannot tell where the decoder begins")
-    return Profile(encoder=omegas[:split], decoder=omegas[split:end])
-
-
-class _Turns:
-    """Runs functions in threads of which only one runs at a time; :meth:`next` hands over to the next.
-
-    So several batches go through the model in step, sub-layer by sub-layer, their statistics pooled as if
-    they were one batch, in an order that is always the same (dropout draws from one random generator).
-    """
-
-    def __init__(self, functions: Sequence[Callable[[], None]]) -> None:
-        self.functions = functions
-        self.now = 0
-        self._error: BaseException | None = None
-        self._may_run = [threading.Semaphore(0) for _ in functions]
-
-    def run(self) -> None:
-        if len(self.functions) == 1:  # next() then gives the turn back to its caller
-            return self.functions[0]()
-        threads = [
-            threading.Thread(target=self._thread, args=(number,), daemon=True) for number in range(len(self.functions))
-        ]
-        for thread in threads:
-            thread.start()
-        self._may_run[0].release()
-        for thread in threads:
-            thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def next(self) -> None:
-        me = self.now
-        self._hand_over()
-        self._may_run[me].acquire()
-        if self._error is not None:
-            raise self._error
-
-    def _thread(self, number: int) -> None:
-        self._may_run[number].acquire()
-        try:
-            if self._error is None:
-                self.functions[number]()
-        except BaseException as error:  # run() raises it in the caller's thread
-            self._error = error
-        self._hand_over()
-
-    def _hand_over(self) -> None:
-        self.now = (self.now + 1) % len(self.functions)
-        self._may_run[self.now].release()
 
 
 def _moments(values: Tensor) -> Tensor:
@@ -254,26 +65,22 @@ class _PrePass:
         self.model, self.samples, self.reduce, self.bar = model, samples, reduce, bar
         self.autocast = torch.is_autocast_enabled()
         self.devices = sorted({s.net_input["src_tokens"].device.index for s in samples} - {None})  # GPUs
-        self.turns = _Turns([partial(self._forward, sample) for sample in samples])
-        self.omega: dict[str, list[float]] = {name: [] for name in STACKS}
-        self.branch_variance: dict[str, list[float]] = {name: [] for name in STACKS}
-        self.tokens: dict[str, int] = {}
+        self.turns = Turns([partial(self._forward, sample) for sample in samples])
+        self.found = Profile(encoder=[], decoder=[], batches=len(samples))
+        for variances in (self.found.branch_variance, self.found.shortcut_variance):
+            variances.update({name: [] for name in STACKS})
         self._next_omega = dict.fromkeys(STACKS, 1.0)
         self._pooled: Tensor | None = None
 
-    def run(self) -> None:
-        norms = {
-            norm: partial(self._observe, stack, name)
+    def run(self) -> Profile:
+        observers = {
+            norm: partial(self._observe, stack, name, norm)
             for stack, module in self.model.stacks().items()
             for name, norm in sub_layers(module).items()
         }
-        try:
-            for norm, observer in norms.items():
-                norm.observer = observer
+        with observed(observers):
             self.turns.run()
-        finally:
-            for norm in norms:
-                norm.observer = None
+        return self.found
 
     def _forward(self, sample: Sample) -> None:
         torch.manual_seed(sample.seed)
@@ -297,15 +104,16 @@ class _PrePass:
         if self.turns.now == len(self.samples) - 1:
             pooled, self._pooled = self.reduce(self._pooled), None
             shortcut, branch = _variance(pooled[0]), _variance(pooled[1])
-            self._next_omega[stack] = math.sqrt(shortcut + branch) if shortcut + branch > 0 else math.nan
+            self._next_omega[stack] = next_omega(shortcut, branch)
             if not math.isfinite(self._next_omega[stack]):
                 raise AdminError(
                     f"profiling {stack}.{name}: Var[omega * x] = {shortcut}, Var[f] = {branch} on the first training"
                     " batch; check the data and --fp16, or start from --admin-init logn"
                 )
-            self.omega[stack].append(omega)
-            self.branch_variance[stack].append(branch)
-            self.tokens[stack] = int(pooled[0, 0]) // x.shape[-1]
+            getattr(self.found, stack).append(omega)
+            self.found.shortcut_variance[stack].append(shortcut)
+            self.found.branch_variance[stack].append(branch)
+            self.found.tokens[stack] = int(pooled[0, 0]) // x.shape[-1]
         with torch.random.fork_rng(self.devices):  # the other batches draw in between
             self.turns.next()
 
@@ -364,9 +172,6 @@ def profile(
     with _as_measured(model), tqdm(
         total=total, desc="Admin pre-pass", unit="sub-layer", delay=3, disable=not progress
     ) as bar:
-        pre_pass = _PrePass(model, [Sample(*sample) for sample in samples], reduce, bar)
-        pre_pass.run()
+        found = _PrePass(model, [Sample(*sample) for sample in samples], reduce, bar).run()
     model.omega_source = "profiling"
-    return Profile(
-        **pre_pass.omega, branch_variance=pre_pass.branch_variance, tokens=pre_pass.tokens, batches=len(samples)
-    )
+    return found

@@ -41,10 +41,9 @@ from admin_fairseq.analysis.subject import (
     use_xavier,
 )
 from admin_fairseq.errors import DATA_HINT, AdminError
-from admin_fairseq.layers import stacks
-from admin_fairseq.methods import BottomToTop, DeepNorm
 from admin_fairseq.model import AdminModel
 from admin_fairseq.profiling import Sample, profile
+from admin_fairseq.rules import RuledModel, stacks
 
 LR = 1e-5  # of the one update; at 1e-4 Post-LN is already as far off as unrelated outputs
 PER_LAYER = {"encoder": 2, "decoder": 3}
@@ -200,10 +199,7 @@ def check_depth(model: nn.Module) -> None:
     """Raises:
     AdminError: the model's start depends on its depth, so the first layers of a deep stack are not a shallow one.
     """
-    first = next(iter(stacks(model).values())).layers[0]
-    name = "DeepNorm" if isinstance(first, DeepNorm) else "B2T" if isinstance(first, BottomToTop) else ""
-    if isinstance(model, AdminModel) and model.admin_init in ("logn", "sqrt"):
-        name = f"--admin-init {model.admin_init}"
+    name = model.depth_dependent_start() if isinstance(model, RuledModel) else None
     if name:
         raise AdminError(f"{name}: its start depends on the depth, a deep stack's first layers are no shallow one")
 
@@ -225,7 +221,7 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[Case, list[int]]]:
                     yield random_case(arch, stack, seed, args), [DRAWS * seed + draw for draw in range(DRAWS)]
 
 
-def run(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> None:
     """``admin-fairseq analyze amplification``.
 
     Raises:

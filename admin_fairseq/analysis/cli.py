@@ -26,17 +26,17 @@ def add_parser(commands: Any) -> None:
         )
         _add_common(analysis)
         add(analysis)
-        analysis.set_defaults(run=run, takes_rest=True)
+        analysis.set_defaults(run=_analyze, takes_rest=True)
 
 
-def run(args: argparse.Namespace) -> None:
+def _analyze(args: argparse.Namespace) -> None:
     """Raises:
     AdminError: bad input.
     """
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise AdminError(f"--out {args.out}: not a folder")
     importlib.import_module("admin_fairseq.analysis.figures").pyplot()  # matplotlib is missed before the work
-    importlib.import_module(f"admin_fairseq.analysis.{args.analysis}").run(args)
+    importlib.import_module(f"admin_fairseq.analysis.{args.analysis}").main(args)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

@@ -29,7 +29,7 @@ from admin_fairseq.analysis.figures import Page, pyplot, style, write
 from admin_fairseq.analysis.probe import SubLayer, observe
 from admin_fairseq.analysis.subject import AFTER, BEFORE, DEFAULT_ARCHS, subjects
 from admin_fairseq.errors import AdminError
-from admin_fairseq.layers import stacks
+from admin_fairseq.rules import stacks
 
 REFERENCES = [
     ["what", "the authors' figure"],
@@ -41,7 +41,7 @@ SHARE = "Share of each sub-layer's own branch, Var[f]/Var[x + f], by layer and k
 PALETTE = "viridis"  # even in lightness: it reads the same in grey and for colour-blind readers
 
 
-def measure(model: nn.Module, sample: Any, positions: int) -> dict[str, dict[str, Any]]:
+def residual_dependency(model: nn.Module, sample: Any, positions: int) -> dict[str, dict[str, Any]]:
     """By stack: names, share, beta2 (a row a sub-layer), bias and correlation, as the module's docstring says.
 
     The map is computed on ``positions`` token positions spread evenly over the batch, the shares on all.
@@ -108,7 +108,7 @@ def _variance(parts: Tensor) -> Tensor:
     return parts.double().var(-1, unbiased=False).mean(-1)
 
 
-def run(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> None:
     """``admin-fairseq analyze dependency``.
 
     Raises:
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
     found = subjects(args.path, args.arch, args.rest, ffn_init=args.ffn_init)
     count = 2 * len(args.path) or len(args.arch or DEFAULT_ARCHS)
     for subject in tqdm(found, desc="dependency", total=count, unit="model", delay=3):
-        measured = measure(subject.model, subject.samples[0], args.positions)
+        measured = residual_dependency(subject.model, subject.samples[0], args.positions)
         models.append({"method": subject.method, "when": subject.when, "stacks": measured})
     rows = [
         {

@@ -30,14 +30,14 @@ from admin_fairseq.analysis.figures import Page, pyplot, style, write
 from admin_fairseq.analysis.probe import norms_of
 from admin_fairseq.analysis.subject import AFTER, BEFORE, Subject, subjects
 from admin_fairseq.errors import AdminError
-from admin_fairseq.layers import stacks
-from admin_fairseq.profiling import STACKS
+from admin_fairseq.profile_file import STACKS
+from admin_fairseq.rules import stacks
 
 MOMENTS = 4  # in a histogram; more are hard to tell apart
 LEARNING_RATE = {"adam": "1e-4", "sgd": "0.1"}  # unless --lr is given
 
 
-def run(args: Namespace) -> None:
+def main(args: Namespace) -> None:
     """``admin-fairseq analyze gradients``.
 
     Raises:
@@ -53,7 +53,7 @@ def run(args: Namespace) -> None:
         rest = [*defaults, *(args.rest if optimizer == "adam" else without_adam(args.rest)), "--optimizer", optimizer]
         for subject in subjects(args.path, args.arch, rest, ffn_init=args.ffn_init):
             updates = sorted(set(args.updates)) if subject.when == BEFORE else [1]
-            records += [{"optimizer": optimizer, **record} for record in measure(subject, updates, optimizer)]
+            records += [{"optimizer": optimizer, **record} for record in record_gradients(subject, updates, optimizer)]
     _report(args, records)
 
 
@@ -68,7 +68,7 @@ def without_adam(rest: Sequence[str]) -> list[str]:
     return kept
 
 
-def measure(subject: Subject, updates: Sequence[int], optimizer: str = "") -> list[dict[str, Any]]:
+def record_gradients(subject: Subject, updates: Sequence[int], optimizer: str = "") -> list[dict[str, Any]]:
     """Train for as many updates as the last of ``updates`` says and measure at each of these.
 
     Returns:

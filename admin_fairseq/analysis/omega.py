@@ -21,13 +21,14 @@ from typing import Any, Sequence
 from torch import Tensor
 from tqdm import tqdm
 
-from admin_fairseq import checkpoint, show
 from admin_fairseq.analysis.figures import GREY, Page, pyplot, write
 from admin_fairseq.analysis.probe import SubLayer, observe
-from admin_fairseq.analysis.subject import configure, has_data, merged, start, subjects
+from admin_fairseq.analysis.subject import configure, has_data, merged, started, subjects
+from admin_fairseq.checkpoints import files, show
 from admin_fairseq.errors import AdminError
 from admin_fairseq.model import AdminModel
-from admin_fairseq.profiling import STACKS, Profile, Sample, read_profile
+from admin_fairseq.profile_file import STACKS, Profile, read_profile
+from admin_fairseq.profiling import Sample
 
 FIGURE = (
     "omega by depth, and the share that it leaves to each branch. Attention and feed-forward sub-layers take turns."
@@ -36,7 +37,7 @@ LINES = 6  # in a panel; more are hard to tell apart
 KEYS = {"mean": "omega", "std": "std of omega over dimensions", "share": "share of the branch"}
 
 
-def run(args: Namespace) -> None:
+def main(args: Namespace) -> None:
     """``admin-fairseq analyze omega``: architectures at initialisation, or a run's checkpoints.
 
     Raises:
@@ -53,7 +54,7 @@ def _at_initialisation(args: Namespace) -> list[dict[str, Any]]:
     records = []
     for subject in subjects([], args.arch or ["transformer_admin"], args.rest, ffn_init=args.ffn_init):
         if isinstance(subject.model, AdminModel):
-            shares = measure(subject.model, subject.samples[0])
+            shares = branch_shares(subject.model, subject.samples[0])
             records.append({"label": subject.method, "update": 0, **_with(of_model(subject.model), shares)})
     return records
 
@@ -63,7 +64,7 @@ def _through_training(args: Namespace) -> list[dict[str, Any]]:
     records: dict[tuple[str, int, str], dict[str, Any]] = {}  # by folder, update and, where one was named, file
     paths = [(path, os.path.isdir(given)) for given in args.path for path in _checkpoints(given)]
     for path, is_listed in tqdm(paths, "checkpoints", delay=3):
-        state, (folder, file) = checkpoint.load(path), os.path.split(path)
+        state, (folder, file) = files.load(path), os.path.split(path)
         omegas = of_weights(state["model"])
         update = (state.get("optimizer_history") or [{}])[-1].get("num_updates", 0)
         key = (folder, update, "" if is_listed else file)
@@ -74,8 +75,8 @@ def _through_training(args: Namespace) -> list[dict[str, Any]]:
             records[folder, 0, ""] = of_profile(read_profile(first))
         shares: dict[str, list[float]] = {}
         if has_data(args.rest):
-            trainer, samples = start(configure(merged(checkpoint.settings(state), args.rest)), state)
-            shares = measure(trainer.get_model(), samples[0])
+            trainer, samples = started(configure(merged(files.settings(state), args.rest)), state)
+            shares = branch_shares(trainer.get_model(), samples[0])
         records[key] = _with(omegas, shares)
     several = len({folder for folder, *_ in records}) > 1
     times = Counter(key[:2] for key in records)
@@ -104,7 +105,7 @@ def of_weights(weights: dict[str, Tensor]) -> dict[str, dict[str, list[float]]]:
     """By stack, "mean" and "std" over dimensions of every sub-layer's omega in forward order."""
     return {
         stack: {"mean": [row["omega"] for row in rows], "std": [row["std"] for row in rows]}
-        for stack, rows in show.of_weights(weights).items()
+        for stack, rows in show.from_weights(weights).items()
     }
 
 
@@ -123,7 +124,7 @@ def of_model(model: AdminModel) -> dict[str, dict[str, list[float]]]:
     return of_weights(dict(model.named_parameters()))
 
 
-def measure(model: AdminModel, sample: Sample) -> dict[str, list[float]]:
+def branch_shares(model: AdminModel, sample: Sample) -> dict[str, list[float]]:
     """By stack, the share of every sub-layer's branch as the module's docstring says."""
     shares: dict[str, list[float]] = {}
 

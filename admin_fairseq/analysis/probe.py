@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from admin_fairseq.errors import AdminError
-from admin_fairseq.layers import stacks
-from admin_fairseq.methods import BottomToTop, ResiDual
 from admin_fairseq.norm import OmegaLayerNorm
+from admin_fairseq.omega import observed
 from admin_fairseq.profiling import Sample
+from admin_fairseq.rules import stacks
 
 
 @dataclass
@@ -71,22 +71,18 @@ def _report(seen: Callable[[SubLayer], None], stack: str, number: int, keep: Ten
 @contextlib.contextmanager
 def _watched(layer: nn.Module, report: Callable[..., None]) -> Iterator[None]:
     """``report(name, norm, pre_ln, scale, x, branch)`` of every sub-layer of a layer, x and branch (time, batch, d)."""
-    if isinstance(layer, (BottomToTop, ResiDual)):
+    if getattr(layer, "crosses_sub_layers", False):
         raise AdminError(
             f"{type(layer).__name__} layers have paths across sub-layers; this analysis takes methods in which each"
             " sub-layer adds a branch to its shortcut"
         )
     norms = norms_of(layer)
     if all(isinstance(norm, OmegaLayerNorm) for norm in norms.values()):
-        for name, norm in norms.items():
-            norm.observer = lambda norm, x, f, name=name: report(
-                name, norm, False, partial(torch.mul, norm.omega), x, f
-            )
-        try:
+        observers = {
+            norm: partial(report, name, norm, False, partial(torch.mul, norm.omega)) for name, norm in norms.items()
+        }
+        with observed(observers):
             yield
-        finally:
-            for norm in norms.values():
-                norm.observer = None
         return
     rule, calls = layer.residual_connection, iter(norms.items())
 

@@ -29,7 +29,7 @@ th, td { text-align: left; padding: 0.2rem 1rem 0.2rem 0; border-bottom: 1px sol
 """
 
 
-def run(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> None:
     """``admin-fairseq analyze report``: run each analysis into DIR, then bind what they wrote.
 
     An analysis that refuses these models, or fails, has its reason on the page.
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     failure: Exception | None = None
     for name in ORDER:
         try:
-            importlib.import_module(f"admin_fairseq.analysis.{name}").run(args)
+            importlib.import_module(f"admin_fairseq.analysis.{name}").main(args)
         except AdminError as error:
             refused[name] = str(error)
             print(f"{name}: {error}", file=sys.stderr)

@@ -18,12 +18,13 @@ import torch
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from tqdm import tqdm
 
-from admin_fairseq import hooks
 from admin_fairseq.analysis.figures import GREY, MARKERS, Page, make_folder, pyplot, style, write
 from admin_fairseq.analysis.subject import build_trainer, parse
 from admin_fairseq.errors import AdminError
 from admin_fairseq.model import AdminModel
-from admin_fairseq.profiling import STACKS, Profile, Sample
+from admin_fairseq.profile_file import STACKS, Profile
+from admin_fairseq.profiling import Sample
+from admin_fairseq.start import first_samples, profile_batches
 
 DRAWS = 4  # fewer groups of batches say little about a spread
 
@@ -38,7 +39,7 @@ class Spread:
     spread: dict[str, float]
 
 
-def run(args: Namespace) -> None:
+def main(args: Namespace) -> None:
     """``admin-fairseq profile``: the profile, and with more than one batch or seed the spread.
 
     Raises:
@@ -52,7 +53,7 @@ def run(args: Namespace) -> None:
     trainer = _start(options, options.seed)
     make_folder(args.out)
     pooled = trainer.get_model().admin_profile_batches or 1
-    samples = hooks.first_samples(trainer, max(args.batches, pooled))
+    samples = first_samples(trainer, max(args.batches, pooled))
     if len(samples) < args.batches:
         print(f"DATA has {len(samples)} batches, of {args.batches} asked for", file=sys.stderr)
         if len(samples) < DRAWS:
@@ -61,19 +62,19 @@ def run(args: Namespace) -> None:
     sizes = [size for size in (2**n for n in range(20)) if args.batches >= DRAWS and len(samples) // size >= DRAWS]
     passes = len(first) * args.seeds + sum(len(samples) // size * size for size in sizes)
     with tqdm(total=passes, desc="pre-pass", unit="batch", delay=3) as bar:
-        found = _measure(trainer, first, bar)
+        found = _profiled(trainer, first, bar)
         found.write(os.path.join(args.out, "admin_profile.json"))
         print(f"{args.out}/admin_profile.json: for --admin-profile; {', '.join(_ranges(found))}")
         spreads = []
         for size in sizes:
             groups = [samples[at : at + size] for at in range(0, len(samples) - size + 1, size)]
-            spreads.append(_spread("batches", size, [_measure(trainer, group, bar) for group in groups]))
+            spreads.append(_spread("batches", size, [_profiled(trainer, group, bar) for group in groups]))
         if args.seeds > 1:
             profiles = [found]
             for seed in range(options.seed + 1, options.seed + args.seeds):
                 trainer = None  # one model at a time
                 trainer = _start(options, seed)
-                profiles.append(_measure(trainer, first, bar))
+                profiles.append(_profiled(trainer, first, bar))
             spreads.append(_spread("seeds", len(first), profiles))
     if spreads:
         _report(args, spreads, found)
@@ -94,8 +95,8 @@ def _start(options: Namespace, seed: int) -> Any:
     return trainer
 
 
-def _measure(trainer: Any, samples: list[Sample], bar: tqdm) -> Profile:
-    found = hooks.measure(trainer, samples)
+def _profiled(trainer: Any, samples: list[Sample], bar: tqdm) -> Profile:
+    found = profile_batches(trainer, samples)
     bar.update(len(samples))
     return found
 

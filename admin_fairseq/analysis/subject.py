@@ -17,12 +17,13 @@ from fairseq.modules.checkpoint_activations import unwrap_checkpoint
 from fairseq.trainer import Trainer
 from torch import nn
 
-from admin_fairseq import checkpoint, hooks
+from admin_fairseq.checkpoints import files
+from admin_fairseq.checkpoints.verify import load_model
 from admin_fairseq.errors import DATA_HINT, AdminError
-from admin_fairseq.layers import stacks
 from admin_fairseq.model import AdminModel
 from admin_fairseq.profiling import Sample
-from admin_fairseq.verify import build
+from admin_fairseq.rules import stacks
+from admin_fairseq.start import first_samples, start_omega
 
 DEFAULT_ARCHS = ("transformer_postln", "transformer_preln", "transformer_admin")
 BEFORE, AFTER = "at initialisation", "after training"
@@ -82,7 +83,7 @@ def parse(arch: str, rest: Sequence[str], only_given: bool = False) -> Namespace
 
 
 def configure(args: Namespace) -> Any:
-    """fairseq's configuration of a training in one process and float32 that leaves no files."""
+    """fairseq's configuration of a run in one process and float32 that leaves no files."""
     args = copy.copy(args)
     if getattr(args, "max_tokens", None) is None and getattr(args, "batch_size", None) is None:
         args.max_tokens = 4096
@@ -91,7 +92,7 @@ def configure(args: Namespace) -> Any:
     return convert_namespace_to_omegaconf(args)
 
 
-def start(
+def started(
     cfg: Any, state: dict[str, Any] | None = None, batches: int = 1, ffn_init: str | None = None
 ) -> tuple[Trainer, list[Sample]]:
     """A trainer as fairseq-train has it in front of the first update, Admin's omega set, and the first batches.
@@ -107,11 +108,11 @@ def start(
     """
     trainer = build_trainer(cfg, state, ffn_init)
     if state is None and isinstance(trainer.get_model(), AdminModel):
-        hooks.start_omega(trainer)
+        start_omega(trainer)
     for module in unwrap_checkpoint(trainer.get_model()).modules():  # each layer is run, once, with its graph kept
         if isinstance(module, LayerDropModuleList):
             module.p = 0.0
-    return trainer, hooks.first_samples(trainer, batches)
+    return trainer, first_samples(trainer, batches)
 
 
 def build_trainer(cfg: Any, state: dict[str, Any] | None = None, ffn_init: str | None = None) -> Trainer:
@@ -119,7 +120,7 @@ def build_trainer(cfg: Any, state: dict[str, Any] | None = None, ffn_init: str |
     task = tasks.setup_task(cfg.task)
     np.random.seed(cfg.common.seed)
     utils.set_torch_seed(cfg.common.seed)
-    model = task.build_model(cfg.model) if state is None else build(state, task)
+    model = task.build_model(cfg.model) if state is None else load_model(state, task)
     check_layers(model)
     for module in model.modules():
         module.can_use_fastpath = False  # fairseq 0.12.2's own, which calls no residual_connection
@@ -145,21 +146,21 @@ def subjects(
         AdminError: an argument cannot be used.
     """
     if paths:
-        files = {path: os.path.join(path, "checkpoint_last.pt") if os.path.isdir(path) else path for path in paths}
-        for path, file in files.items():
+        named = {path: os.path.join(path, "checkpoint_last.pt") if os.path.isdir(path) else path for path in paths}
+        for path, file in named.items():
             if path != file and not os.path.exists(file):
                 raise AdminError(f"{path} holds no checkpoint_last.pt (if it is DATA: that comes first, before --path)")
-        states = {path: checkpoint.load(file) for path, file in files.items()}
-        settings = {path: checkpoint.settings(state) for path, state in states.items()}
+        states = {path: files.load(file) for path, file in named.items()}
+        settings = {path: files.settings(state) for path, state in states.items()}
         names = [args.arch for args in settings.values()]
         for path, args in settings.items():
             args = merged(args, rest)
             method = method_name(args.arch) + (f" ({path})" if names.count(args.arch) > 1 else "")
             for when, state in ((BEFORE, None), (AFTER, states[path])):
-                yield Subject(method, when, *start(configure(args), state, batches, ffn_init))
+                yield Subject(method, when, *started(configure(args), state, batches, ffn_init))
     else:
         for arch in archs or DEFAULT_ARCHS:
-            yield Subject(method_name(arch), BEFORE, *start(configure(parse(arch, rest)), None, batches, ffn_init))
+            yield Subject(method_name(arch), BEFORE, *started(configure(parse(arch, rest)), None, batches, ffn_init))
 
 
 def use_xavier(model: nn.Module) -> None:

@@ -80,7 +80,7 @@ begin() {
 }
 
 # claim FOLDER: make it this run's own, beside which no second run is started. What a step starts holds the lock too,
-# so that a training whose shell was killed is not joined by a second one.
+# so that a training run whose shell was killed is not joined by a second one.
 claim() {
     mkdir -p "$1/.done" || die "cannot make the folder $1"
     DONE=$1/.done

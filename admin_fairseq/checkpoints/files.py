@@ -9,7 +9,7 @@ import os
 import pickle
 import re
 from collections import OrderedDict, defaultdict
-from typing import Any, Iterator
+from typing import Any, Dict, Iterator
 
 import numpy as np
 import torch
@@ -19,9 +19,12 @@ from fairseq.logging import meters
 from omegaconf import AnyNode, DictConfig, ListConfig, OmegaConf
 from omegaconf.base import ContainerMetadata, Metadata
 
-from admin_fairseq.config import flat
+from admin_fairseq.config import as_namespace
 from admin_fairseq.errors import AdminError
 from admin_fairseq.files import writing
+
+Weights = Dict[str, torch.Tensor]
+State = Dict[str, Any]  # of a checkpoint
 
 
 def _safe_globals() -> dict[str, Any]:
@@ -88,7 +91,7 @@ def _safe_pickle() -> Iterator[None]:
         torch.serialization.pickle = module
 
 
-def load(path: str) -> dict[str, Any]:
+def load(path: str) -> State:
     """The checkpoint as fairseq's dictionary, on the CPU; no code that the file names is run.
 
     Raises:
@@ -119,7 +122,7 @@ def load(path: str) -> dict[str, Any]:
     return state
 
 
-def settings(state: dict[str, Any]) -> argparse.Namespace:
+def settings(state: State) -> argparse.Namespace:
     """A checkpoint's settings as one flat namespace, from any of the forms in which fairseq has kept them.
 
     Raises:
@@ -134,7 +137,7 @@ def settings(state: dict[str, Any]) -> argparse.Namespace:
     names = {}
     for section, values in cfg.items():
         if isinstance(values, (dict, DictConfig)):
-            values = flat(OmegaConf.create(values)) if section == "model" else _namespace(values)
+            values = as_namespace(OmegaConf.create(values)) if section == "model" else _namespace(values)
         if isinstance(values, argparse.Namespace):
             options.update(vars(values))
             if "_name" in options:
@@ -148,7 +151,7 @@ def _namespace(options: Any) -> argparse.Namespace:
     return argparse.Namespace(**options)
 
 
-def save(state: dict[str, Any], path: str) -> None:
+def save(state: State, path: str) -> None:
     """Write a checkpoint; the file appears whole or not at all.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import nn
 
-from admin_fairseq.config import POSITIONS, flat
+from admin_fairseq.config import POSITIONS, as_namespace
 from admin_fairseq.errors import AdminError
 
 # fairseq 0.12.2 registers these copies of an encoder layer's weights for an inference-only fast path that
@@ -28,9 +28,17 @@ FULLY_SHARDED = (
 
 
 class Rule(nn.Module):
-    """What a layer does with shortcut and residual branch; mixed in before fairseq's layer class."""
+    """What a layer does with shortcut and residual branch; mixed in before fairseq's layer class.
 
-    depth_matters = False  # for what a trained layer computes
+    As it stands it is Post-LN: override ``residual_connection(self, x, residual)``, where x is the residual branch
+    after dropout and residual the shortcut, both (time, batch, d); fairseq then applies the sub-layer's LayerNorm to
+    what is returned. :func:`admin_fairseq.register_method` makes architectures of a rule.
+    """
+
+    # traits, which analyses and checks ask for
+    depth_matters = False  # a trained layer computes with the number of layers
+    start_depends_on_depth = False  # layers of a deep stack start otherwise than those of a shallow one
+    crosses_sub_layers = False  # a sub-layer adds more than its branch to its shortcut, or keeps a second stream
 
     def set_up(self, stack: str, layers: dict[str, int]) -> None:
         """Make of a finished stock layer of "encoder" or "decoder" one that follows this rule.
@@ -51,9 +59,19 @@ class Rule(nn.Module):
 
 
 @functools.lru_cache(maxsize=None)
-def mixed(rule: type[nn.Module], layer: type[nn.Module]) -> type[nn.Module]:
-    """One class a pair, so that equal models have equal types."""
-    return type(f"{rule.__name__}{layer.__name__}", (rule, layer), {})
+def mixed(mixin: type[nn.Module], stock: type[nn.Module]) -> type[nn.Module]:
+    """A class of both; one a pair, so that equal models have equal types. Its instances can be pickled."""
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        state = object.__reduce_ex__(self, 2)[2:]
+        return (_unpickled, (mixin, stock), *state)
+
+    return type(f"{mixin.__name__}{stock.__name__}", (mixin, stock), {"__reduce_ex__": reduce})
+
+
+def _unpickled(mixin: type[nn.Module], stock: type[nn.Module]) -> nn.Module:
+    kind = mixed(mixin, stock)
+    return kind.__new__(kind)
 
 
 def adopt(layer: nn.Module, rule: type[Rule], stack: str, layers: dict[str, int]) -> None:
@@ -82,6 +100,7 @@ def stacks(model: nn.Module) -> dict[str, nn.Module]:
 class RuledModel(nn.Module):
     """A Transformer whose layers follow a rule; mixed in before fairseq's model class."""
 
+    method: ClassVar[str]  # its name, as in the architectures'
     rule: ClassVar[type[Rule]]
     own_options: ClassVar[dict[str, Any]] = {}  # and their defaults
 
@@ -119,7 +138,7 @@ class RuledModel(nn.Module):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> RuledModel:
-        args = flat(args)
+        args = Namespace(**{**cls.own_options, **vars(as_namespace(args))})  # a checkpoint may be older than an option
         config = task.args if task.cfg is None else task.cfg  # of a legacy task, and of any other
         for limit in POSITIONS:
             if not hasattr(args, limit):  # hydra's model section does not repeat what the task knows
@@ -144,3 +163,7 @@ class RuledModel(nn.Module):
     def stacks(self) -> dict[str, nn.Module]:
         """As :func:`stacks`."""
         return stacks(self)
+
+    def depth_dependent_start(self) -> str | None:
+        """What makes the layers of a deep model start otherwise than a shallow one's, if anything does."""
+        return self.method if self.rule.start_depends_on_depth else None

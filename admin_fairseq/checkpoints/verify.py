@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from typing import Any, Iterator
+from typing import Any, Iterator, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -13,9 +13,9 @@ from fairseq import tasks, utils
 from fairseq.dataclass.configs import GenerationConfig
 from torch import nn
 
-from admin_fairseq.checkpoint import settings
+from admin_fairseq.checkpoints.files import State, Weights, settings
+from admin_fairseq.checkpoints.fold import fold
 from admin_fairseq.errors import AdminError
-from admin_fairseq.fold import State, Weights, fold
 
 # float64 shows that the two are the same function, float32 how well the file's rounded weights compute it
 LARGEST_ABSOLUTE = 1e-9
@@ -23,22 +23,30 @@ LARGEST_ABSOLUTE = 1e-9
 LARGEST_RELATIVE = {torch.float32: 1e-4, torch.float16: 64 * 2**-10, torch.bfloat16: 64 * 2**-7}
 
 
-def verify(state: State, folded: State, data: str, sentences: int = 200, untie: bool = False) -> None:
-    """Compare an Admin checkpoint with its fold on the first sentences of DATA's test split, or valid without one.
+class Comparison(NamedTuple):
+    """What was found, a line each, and what of it is wrong."""
 
-    Prints the largest absolute and relative difference of logits, in float64 (of the fold computed in float64) and in
-    float32 (of the file's weights), and how many translations by beam search (beam 5, float32) are the same. Relative
-    is to the largest logit of the batch. Language models have no translations.
+    lines: list
+    failures: list
+
+
+def compare(state: State, folded: State, data: str, sentences: int = 200, untie: bool = False) -> Comparison:
+    """An Admin checkpoint beside its fold on the first sentences of DATA's test split, or valid without one.
+
+    The lines give the largest absolute and relative difference of logits, in float64 (of the fold computed in float64)
+    and in float32 (of the file's weights), and how many translations by beam search (beam 5, float32) are the same.
+    Relative is to the largest logit of the batch. Language models have no translations. A failure is a difference
+    larger than rounding explains, or a translation that differs.
 
     Raises:
-        AdminError: a difference is larger than rounding explains, a translation differs, or there is no sentence.
+        AdminError: there is no sentence.
     """
     task, dataset = load_data(settings(state), data, "test", "valid")
     exact = fold({**state, "model": _to(state["model"], torch.float64)}, untie)
     weights = next(weight for weight in folded["model"].values() if weight.is_floating_point())
-    failures = []
+    lines, failures = [], []
     for dtype, other in ((torch.float64, exact), (torch.float32, folded)):
-        pair = [build(part, task, dtype) for part in (state, other)]
+        pair = [load_model(part, task, dtype) for part in (state, other)]
         batches = first_batches(dataset, task, pair[0], sentences, size=20)
         # fairseq takes the softmax of attention in float32, whatever the model's dtype
         softmax = _softmax if dtype == torch.float64 else utils.softmax
@@ -48,7 +56,7 @@ def verify(state: State, folded: State, data: str, sentences: int = 200, untie: 
                 one, two = (model(**batch["net_input"])[0] for model in pair)
                 difference = (one - two).abs().max().item()
                 absolute, relative = max(absolute, difference), max(relative, difference / one.abs().max().item())
-        print(f"{str(dtype)[6:]}: largest difference of logits {absolute:.1e} absolute, {relative:.1e} relative")
+        lines.append(f"{str(dtype)[6:]}: largest difference of logits {absolute:.1e} absolute, {relative:.1e} relative")
         limit = LARGEST_ABSOLUTE if dtype == torch.float64 else LARGEST_RELATIVE[weights.dtype]
         found = absolute if dtype == torch.float64 else relative
         if not found <= limit:
@@ -56,11 +64,10 @@ def verify(state: State, folded: State, data: str, sentences: int = 200, untie: 
     if hasattr(pair[0], "encoder"):
         one, two = (_translations(model, task, batches) for model in pair)
         same = sum(a == b for a, b in zip(one, two))
-        print(f"beam search: {same} of {len(one)} translations are the same")
+        lines.append(f"beam search: {same} of {len(one)} translations are the same")
         if same < len(one):
             failures.append(f"{len(one) - same} of {len(one)} translations differ")
-    if failures:
-        raise AdminError("the fold does not compute the same: " + "; ".join(failures))
+    return Comparison(lines, failures)
 
 
 def load_data(args: Namespace, data: str, *splits: str) -> tuple[Any, Any]:
@@ -90,7 +97,7 @@ def first_batches(dataset: Any, task: Any, model: nn.Module, sentences: int, siz
     return [dataset.collater([dataset[i] for i in chosen[at : at + size]]) for at in range(0, len(chosen), size)]
 
 
-def build(state: State, task: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_model(state: State, task: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The checkpoint's model, to evaluate.
 
     Raises:

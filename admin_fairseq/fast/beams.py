@@ -2,7 +2,7 @@
 
 fairseq's generator repeats the encoder's output for the hypotheses of a beam. Every layer of the decoder then computes
 keys and values of each copy, keeps them and attends to them, and every step copies the output in the new order of the
-hypotheses, which changes nothing. fairseq's attention can share keys in a beam, but is told so by ``set_beam_size``,
+hypotheses, which changes nothing. fairseq's attention can share keys in a beam, but by ``set_beam_size``,
 which holds for whatever comes next, training included. Here the repeated output says so itself.
 """
 
@@ -14,6 +14,8 @@ import torch
 from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
+from admin_fairseq.fast.measured import wanted
+
 
 def repeats(output: Tensor) -> int:
     """How many rows in a row of an encoder's output (time, rows, d) are the same; 1 if that is not known."""
@@ -21,7 +23,7 @@ def repeats(output: Tensor) -> int:
     return beam if beam > 1 and not output.is_inference() and output._version == version else 1
 
 
-def one_each(sentences: Tensor, beam: int) -> Tensor | None:
+def sentence_of_each_beam(sentences: Tensor, beam: int) -> Tensor | None:
     """The sentence of each beam, given that of each hypothesis; None where a beam holds two."""
     if len(sentences) % beam:
         return None
@@ -30,14 +32,14 @@ def one_each(sentences: Tensor, beam: int) -> Tensor | None:
 
 
 def by_sentence(order: Tensor, beam: int) -> tuple[Tensor | None, bool]:
-    """An order of hypotheses as one of sentences (None: it tears beams apart), and whether it is 0, 1, 2 and so on.
+    """An order of hypotheses as one of sentences, and whether it is 0, 1, 2, ...
 
-    Every layer asks; the answer stays with the tensor.
+    None where it separates hypotheses of one beam. Every layer asks; the answer stays with the tensor.
     """
     mark = None if order.is_inference() else (beam, order._version)  # such tensors do not say whether they changed
     known, answer = getattr(order, "by_sentence", (None, (None, False)))
     if mark is None or known != mark:
-        sentences = one_each(order // beam, beam)
+        sentences = sentence_of_each_beam(order // beam, beam)
         stays = sentences is not None and torch.equal(sentences, torch.arange(len(sentences)).to(sentences))
         order.by_sentence = mark, (answer := (sentences, stays))
     return answer
@@ -46,17 +48,17 @@ def by_sentence(order: Tensor, beam: int) -> tuple[Tensor | None, bool]:
 class RepeatsOutput(nn.Module):
     """An encoder that marks its repeated output, and does not copy it to get the same; mixed in before fairseq's."""
 
-    one_a_beam: frozenset[str]  # the kinds of device where that is done
+    mode: str  # --admin-fast
 
     def reorder_encoder_out(self, encoder_out: dict[str, Any], new_order: Tensor) -> dict[str, Any]:
         """As in fairseq: what belongs to row ``new_order[i]`` comes to row i."""
         output = next(iter(encoder_out["encoder_out"]), None)
-        if output is None or output.device.type not in self.one_a_beam or torch.is_inference_mode_enabled():
+        if output is None or torch.is_inference_mode_enabled() or not wanted("beams", output.device, self.mode):
             return super().reorder_encoder_out(encoder_out, new_order)
         rows, beam = output.shape[1], repeats(output)
         if beam == 1:
             beam = len(new_order) // rows
-            sentences = one_each(new_order, beam) if beam > 1 else None
+            sentences = sentence_of_each_beam(new_order, beam) if beam > 1 else None
         else:
             sentences, stays = by_sentence(new_order, beam)
             if stays and len(new_order) == rows:

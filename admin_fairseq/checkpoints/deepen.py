@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from admin_fairseq.checkpoint import settings
+from admin_fairseq.checkpoints.files import State, Weights, settings
+from admin_fairseq.checkpoints.fold import STOCK, finished, model_name
+from admin_fairseq.checkpoints.verify import first_batches, load_data, load_model
 from admin_fairseq.errors import AdminError
-from admin_fairseq.fold import STOCK, State, Weights, finished, model_name
-from admin_fairseq.model import sub_layers
 from admin_fairseq.norm import OmegaLayerNorm
+from admin_fairseq.omega import observed, sub_layers
 from admin_fairseq.profiling import Sample
-from admin_fairseq.verify import build, first_batches, load_data
 
 MEASURED = 200  # sentences
 
@@ -83,7 +83,7 @@ def deepen(state: State, data: str, layers: dict[str, int], change: float = 0.1)
         raise AdminError("it has as many layers already; ask for more by --encoder-layers or --decoder-layers")
 
     task, dataset = load_data(args, data, "train")
-    before, after = (build(part, task) for part in (state, {"args": args, "model": weights}))
+    before, after = (load_model(part, task) for part in (state, {"args": args, "model": weights}))
     (batch,) = first_batches(dataset, task, after, MEASURED, size=MEASURED)
     shares = _set_omega(before, after, Sample(batch["net_input"]), inserted, change)
     changes = {stack: Change(*depths[stack], share) for stack, share in shares.items()}
@@ -128,14 +128,15 @@ def _set_omega(before: Any, after: Any, sample: Sample, inserted: set[str], chan
     def record(key: tuple[nn.Module, str], _module: nn.Module, _inputs: Any, x: Tensor) -> None:
         outputs[key] = x[keep(key[1])]
 
+    observers = {}
     for name, stack in after.stacks().items():
-        own = {norm for path, norm in sub_layers(stack).items() if f"{name}.{path}" in inserted}
-        for norm in own:
-            norm.observer = partial(observe, name, len(own))
+        own = [norm for path, norm in sub_layers(stack).items() if f"{name}.{path}" in inserted]
+        observers.update({norm: partial(observe, name, len(own), norm) for norm in own})
     for model in (before, after):
         for name, stack in model.stacks().items():
             list(sub_layers(stack).values())[-1].register_forward_hook(partial(record, (model, name)))
-        with torch.no_grad():
+    with torch.no_grad(), observed(observers):
+        for model in (before, after):
             model(**sample.net_input, features_only=True)
     return {
         name: ((outputs[after, name] - outputs[before, name]).var() / outputs[before, name].var()).item()

@@ -15,21 +15,16 @@ from fairseq.models.transformer import TransformerDecoderBase
 from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
-from admin_fairseq.beams import BeamAttention, RepeatsOutput
-from admin_fairseq.layers import mixed
+from admin_fairseq.fast.beams import BeamAttention, RepeatsOutput
+from admin_fairseq.fast.measured import wanted
+from admin_fairseq.rules import mixed
 
 logger = logging.getLogger(__name__)
-
-EVERYWHERE = frozenset({"cpu", "cuda"})  # --admin-fast all
-# --admin-fast measured: the kinds of device on which each was measured to help
-FUSED_ATTENTION = frozenset({"cpu"})
-ONE_PROJECTION: frozenset[str] = frozenset()
-ONE_A_BEAM = frozenset({"cpu"})
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-class Fact:
+class MaskProperty:
     """A yes-or-no question about a mask. The answer waits for the device, so it is asked once a batch, not a layer.
 
     What activation checkpointing passes on is another tensor of the same memory and version.
@@ -76,10 +71,10 @@ class FastAttention(BeamAttention):
     """
 
     # set by speed_up
-    devices: frozenset[str]
-    one_projection: frozenset[str]
+    mode: str  # --admin-fast
+    offloads: bool  # activations, to the CPU
     decoder: tuple[TransformerDecoderBase, ...]  # whose causal mask this attention may get; in a tuple, no sub-module
-    fact: Fact  # what is to know of this attention's padding masks, shared by the layers of a stack
+    of_padding: MaskProperty  # what is to know of its padding masks, shared by the layers of a stack
 
     def forward(
         self,
@@ -125,14 +120,15 @@ class FastAttention(BeamAttention):
         return module.p if module.training or module.apply_during_inference else 0.0
 
     def _is_served(self, query: Tensor) -> bool:
-        device = query.device.type
+        # offloaded masks come back as copies: what is computed again would not be served, and draw other dropout
         return (
-            device in self.devices
+            wanted("attention", query.device, self.mode)
+            and not (self.offloads and query.is_cuda)
             and not self.skip_embed_dim_check
             and not self.onnx_trace
             and self.beam_size == 1
             and reason_against(self) is None
-            and (device != "cpu" or self._dropout() == 0)
+            and (query.device.type != "cpu" or self._dropout() == 0)
         )
 
     def _masks(self, padding: Tensor | None, attn_mask: Tensor | None) -> tuple[Tensor | None, bool] | None:
@@ -140,14 +136,14 @@ class FastAttention(BeamAttention):
         if attn_mask is not None:
             # a view from the start of the decoder's own mask
             known = self.decoder and attn_mask.data_ptr() == self.decoder[0]._future_mask.data_ptr()
-            served = known and (padding is None or (self.training and self.fact(padding)))
+            served = known and (padding is None or (self.training and self.of_padding(padding)))
             return (None, True) if served else None
-        if padding is None or (self.encoder_decoder_attention and not self.fact(padding)):
+        if padding is None or (self.encoder_decoder_attention and not self.of_padding(padding)):
             return None, False
         return ~padding.bool()[:, None, None, :], False
 
     def _project(self, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-        if query.device.type not in self.one_projection:
+        if not wanted("one projection", query.device, self.mode):
             return self.q_proj(query), self.k_proj(key), self.v_proj(key)
         if key is query:
             return _linear(query, self.q_proj, self.k_proj, self.v_proj)
@@ -216,12 +212,12 @@ class AlignsOnDemand(nn.Module):
         return features, extra
 
 
-def speed_up(stacks: dict[str, nn.Module], everywhere: bool) -> None:
-    """Let the stacks of a model use what is measured to help, or all of it; in place."""
+def speed_up(stacks: dict[str, nn.Module], mode: str) -> None:
+    """Give the stacks of a model these attentions, encoder and decoder, in place; ``mode`` is --admin-fast."""
     reasons = set()
     is_missing = not hasattr(F, "scaled_dot_product_attention")  # before torch 2.0
     for name, stack in stacks.items():
-        right_padded, padded = Fact(is_right_padded), Fact(has_padding)
+        right_padded, padded = MaskProperty(is_right_padded), MaskProperty(has_padding)
         for module in stack.modules():
             if type(module) is not MultiheadAttention:
                 continue
@@ -230,19 +226,15 @@ def speed_up(stacks: dict[str, nn.Module], everywhere: bool) -> None:
                 reasons.add(reason)
                 continue
             module.__class__ = FastAttention
-            module.devices, module.one_projection = FUSED_ATTENTION, ONE_PROJECTION
-            if everywhere:
-                module.devices = module.one_projection = EVERYWHERE
-            if getattr(getattr(stack, "cfg", None), "offload_activations", False):
-                # its masks come back as copies: what is computed again would not be served, and draw other dropout
-                module.devices = module.devices - {"cuda"}
+            module.mode = mode
+            module.offloads = getattr(getattr(stack, "cfg", None), "offload_activations", False)
             module.decoder = (stack,) if name == "decoder" else ()
-            module.fact = padded if module.encoder_decoder_attention else right_padded
+            module.of_padding = padded if module.encoder_decoder_attention else right_padded
     if reasons:
         logger.info(f"Admin: fairseq's own attention is used, because of {', '.join(sorted(reasons))}")
     if "encoder" in stacks:
         encoder = stacks["encoder"]
         encoder.__class__ = mixed(RepeatsOutput, type(encoder))
-        encoder.one_a_beam = EVERYWHERE if everywhere else ONE_A_BEAM
+        encoder.mode = mode
     decoder = stacks["decoder"]
     decoder.__class__ = mixed(AlignsOnDemand, type(decoder))

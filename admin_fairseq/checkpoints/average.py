@@ -4,43 +4,51 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any, Sequence
+from typing import Iterable
 
 import torch
-from tqdm import tqdm
 
-from admin_fairseq import checkpoint
+from admin_fairseq.checkpoints.files import State
 from admin_fairseq.errors import AdminError
 
 
-def average(paths: Sequence[str], output: str) -> None:
-    """Write one checkpoint with the mean of all weights and everything else of the first one.
+def average(states: Iterable[tuple[str, State]]) -> State:
+    """One checkpoint with the mean of all weights and everything else of the first one.
 
     Sums are taken in float64; half-precision weights come out in float32. Numbers that are not weights
     (counters) and all settings are the first checkpoint's. The optimizer's state has no mean and is left out.
 
+    Args:
+        states: each checkpoint with its name for messages; one is held at a time, beside the sums.
+
     Raises:
-        AdminError: a file is missing or no checkpoint, or the models differ.
+        AdminError: the models differ.
     """
-    first: dict[str, Any] | None = None
-    for path in tqdm(paths, desc="averaging", unit="checkpoint", delay=3):
-        state = checkpoint.load(path)
+    first: State | None = None
+    count = 0
+    for name, state in states:
+        count += 1
         state.pop("last_optimizer_state", None)
         weights = state.pop("model")
-        shapes = {name: weight.shape for name, weight in weights.items()}
+        shapes = {key: weight.shape for key, weight in weights.items()}
         if first is None:
-            first, averaged, expected = state, weights, shapes
-            floating = [name for name, weight in weights.items() if weight.is_floating_point()]
-            sums = {name: torch.zeros_like(weights[name], dtype=torch.float64) for name in floating}
+            first, first_name, averaged, expected = state, name, weights, shapes
+            sums = {
+                key: torch.zeros_like(weight, dtype=torch.float64)
+                for key, weight in weights.items()
+                if weight.is_floating_point()
+            }
         elif shapes != expected:
-            different = min(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
-            raise AdminError(f"{path} is of another model than {paths[0]}: they differ in {different}")
-        for name in floating:
-            sums[name] += weights[name]
-    for name in floating:
-        dtype = torch.promote_types(averaged[name].dtype, torch.float32)
-        averaged[name] = (sums[name] / len(paths)).to(dtype)
-    checkpoint.save({**first, "model": averaged}, output)
+            different = min(key for key in {*shapes, *expected} if shapes.get(key) != expected.get(key))
+            raise AdminError(f"{name} is of another model than {first_name}: they differ in {different}")
+        for key, total in sums.items():
+            total += weights[key]
+    if first is None:
+        raise AdminError("there is no checkpoint to average")
+    for key, total in sums.items():
+        dtype = torch.promote_types(averaged[key].dtype, torch.float32)
+        averaged[key] = (total / count).to(dtype)
+    return {**first, "model": averaged}
 
 
 def select(folder: str, count: int, by_update: bool, upper_bound: int | None = None) -> list[str]:

@@ -24,9 +24,8 @@ from fairseq.tasks.translation import TranslationTask
 from omegaconf import ListConfig, OmegaConf
 from torch import Tensor
 
-from admin_fairseq import checkpoint
+from admin_fairseq.checkpoints.files import State, settings
 from admin_fairseq.errors import AdminError
-from admin_fairseq.files import refuse_output
 from admin_fairseq.model import AdminTransformer
 
 ADMIN, POST_LN = ("adaptive", "adaptive-profiling"), ("default", "looklinear")  # their --init-type
@@ -42,32 +41,11 @@ FILES = ("encoder_embed_path", "decoder_embed_path")  # read when a model is bui
 PRUNED = ("encoder_layers_to_keep", "decoder_layers_to_keep")  # done: the number of layers is what is left
 
 
-def import_checkpoint(source: str, target: str) -> str:
-    """Convert a file; returns one line on what was written.
-
-    Raises:
-        AdminError: the file cannot be read, converted (see :func:`convert`) or written.
-    """
-    refuse_output(source, target)
-    state = checkpoint.load(source)
-    try:
-        state = convert(state)
-    except AdminError as error:
-        raise AdminError(f"cannot import {source}: {error}") from error
-    checkpoint.save(state, target)
-    omegas = {
-        stack: [value.float().mean().item() for key, value in state["model"].items() if _is_omega(key, stack)]
-        for stack in ("encoder", "decoder")
-    }
-    ranges = [f"{len(o)} {stack} omegas from {min(o):.3f} to {max(o):.3f}" for stack, o in omegas.items()]
-    return f"{target}: a checkpoint of transformer_admin with {' and '.join(ranges)}, without optimizer state"
+def _is_omega(key: str) -> bool:
+    return key.endswith("_layer_norm.omega")
 
 
-def _is_omega(key: str, stack: str = "") -> bool:
-    return key.startswith(stack) and key.endswith("_layer_norm.omega")
-
-
-def convert(state: dict[str, Any]) -> dict[str, Any]:
+def convert(state: State) -> State:
     """The checkpoint of ``transformer_admin`` that computes what the given one does.
 
     Weights keep their dtype. Every omega is kept, the first of each stack too, though it is not trained any further
@@ -75,7 +53,7 @@ def convert(state: dict[str, Any]) -> dict[str, Any]:
     training starts anew.
 
     Args:
-        state: a checkpoint as :func:`admin_fairseq.checkpoint.load` returns it.
+        state: a checkpoint as :func:`admin_fairseq.checkpoints.files.load` returns it.
 
     Raises:
         AdminError: it cannot be converted; the message lists every reason found.
@@ -111,10 +89,10 @@ def convert(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _options(state: dict[str, Any]) -> dict[str, Any]:
+def _options(state: State) -> dict[str, Any]:
     """All options that say something, by name."""
     try:
-        return {name: value for name, value in vars(checkpoint.settings(state)).items() if value is not None}
+        return {name: value for name, value in vars(settings(state)).items() if value is not None}
     except AdminError:
         return {}  # what is missing is then reported with the rest
 

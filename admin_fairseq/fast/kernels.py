@@ -7,8 +7,8 @@ The sum is never written to memory: backward computes it again from f and x, and
 (in fp64 where the inputs are). Gradients of omega, weight and bias are summed in two stages, without atomics, so
 that they are the same in every run.
 
-Importing this module needs Triton 3; :mod:`admin_fairseq.fused` says when it is used. With ``TRITON_INTERPRET=1`` in
-the environment the kernels run on CPU tensors, slowly.
+Importing this module needs Triton 3; :mod:`admin_fairseq.fast.norm` says when it is used. With ``TRITON_INTERPRET=1``
+in the environment the kernels run on CPU tensors, slowly.
 """
 
 from __future__ import annotations

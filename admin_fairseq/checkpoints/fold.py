@@ -16,19 +16,16 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections import OrderedDict
-from typing import Any, Callable, Dict, Iterator
+from typing import Callable, Iterator
 
 import torch
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_NAME_REGISTRY
 from fairseq.modules import SinusoidalPositionalEmbedding
 from torch import Tensor
 
-from admin_fairseq.checkpoint import settings
+from admin_fairseq.checkpoints.files import State, Weights, settings
 from admin_fairseq.errors import AdminError
-from admin_fairseq.layers import FAST_PATH_COPIES
-
-Weights = Dict[str, Tensor]
-State = Dict[str, Any]
+from admin_fairseq.rules import FAST_PATH_COPIES
 
 STOCK = {"transformer_admin": "transformer", "transformer_lm_admin": "transformer_lm"}
 ADMIN = {stock: admin for admin, stock in STOCK.items()}

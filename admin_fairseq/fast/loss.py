@@ -15,7 +15,6 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-MEASURED = ("cpu",)  # the kinds of device on which this was measured to help
 BLOCK = {"cpu": 2**17, "cuda": 2**26}  # logits in a block: a core's cache, on CPU; few launches, on a GPU
 
 

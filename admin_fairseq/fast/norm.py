@@ -1,8 +1,8 @@
-"""Faster computations of :mod:`admin_fairseq.norm`'s equation, and where each is used.
+"""Faster computations of :mod:`admin_fairseq.norm`'s equation.
 
 On CPUs, :class:`_FewerPasses`: torch's own operations, each on whole tensors, but fewer of them. On GPUs, the kernels
-of :mod:`admin_fairseq.kernels`. Both give the eager values to rounding. Neither can be differentiated twice, nor by
-torch.autograd.grad(is_grads_batched=True): the dropout mask is overwritten, which saves 2 to 10% of the time. That
+of :mod:`admin_fairseq.fast.kernels`. Both give the eager values to rounding. Neither can be differentiated twice, nor
+by torch.autograd.grad(is_grads_batched=True): the dropout mask is overwritten, which saves 2 to 10% of the time. That
 needs --admin-fast off.
 """
 
@@ -14,14 +14,13 @@ from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-logger = logging.getLogger(__name__)
+from admin_fairseq.fast.measured import wanted
+from admin_fairseq.norm import OmegaLayerNorm
 
-# torch.cuda.get_device_name() of the GPUs where benchmarks/kernel.py found the kernels faster than eager: none was
-# to be had. Elsewhere --admin-fast all turns them on.
-MEASURED_GPUS: frozenset[str] = frozenset()
+logger = logging.getLogger(__name__)
 
 Fused = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
 
@@ -31,19 +30,37 @@ _is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", lambda
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def choose(fast: str, f: Tensor, x: Tensor, omega: Tensor, weight: Tensor, p: float) -> Fused | None:
+class FastOmegaLayerNorm(OmegaLayerNorm):
+    """The same sub-layer, computed faster where that is possible; ``mode`` is --admin-fast, "measured" or "all"."""
+
+    mode = "measured"
+
+    def forward(self, branch_and_shortcut: tuple[Tensor, Tensor]) -> Tensor:
+        f, x = branch_and_shortcut
+        p = _probability(self.dropout)
+        is_observed = "add" in vars(self)
+        compute = None if is_observed else choose(self.mode, f, x, self.omega, self.weight, p)
+        if compute is None:
+            return super().forward(branch_and_shortcut)
+        return compute(f, x, self.omega, self.weight, self.bias, self.eps, p)
+
+
+def _probability(dropout: nn.Module) -> float:
+    """Of dropping an element now; fairseq's module may go on after training (--retain-dropout)."""
+    is_on = dropout.training or getattr(dropout, "apply_during_inference", False)
+    return getattr(dropout, "p", 0.0) if is_on else 0.0
+
+
+def choose(mode: str, f: Tensor, x: Tensor, omega: Tensor, weight: Tensor, p: float) -> Fused | None:
     """What computes LN(omega * x + dropout(f)): ``fused(f, x, omega, weight, bias, eps, p)``, or None for eager.
 
-    ``fast`` is --admin-fast: "measured", "all" or "off". Where it asks for the kernels and they cannot run, a line is
-    logged that says why, once.
+    Where the kernels are asked for and cannot run, a line is logged that says why, once.
     """
-    if fast == "off" or p >= 1 or _is_compiling() or torch.jit.is_tracing():
+    if p >= 1 or _is_compiling() or torch.jit.is_tracing() or not wanted("sub-layer", x.device, mode):
         return None
     if not x.is_cuda:
         same = {t.dtype for t in (f, x, omega, weight)} in ({torch.float32}, {torch.float64})
         return few_passes if same and x.device.type == "cpu" else None
-    if fast == "measured" and torch.cuda.get_device_name(x.device) not in MEASURED_GPUS:
-        return None
     if torch.cuda.is_current_stream_capturing():  # a CUDA graph would replay one dropout mask
         return None
     return _kernel(x.device, (f.dtype, x.dtype, omega.dtype, weight.dtype), x.shape[-1], omega.numel(), p)
@@ -52,7 +69,7 @@ def choose(fast: str, f: Tensor, x: Tensor, omega: Tensor, weight: Tensor, p: fl
 @functools.lru_cache(maxsize=None)
 def _kernel(device: torch.device, dtypes: tuple[torch.dtype, ...], width: int, omegas: int, p: float) -> Fused | None:
     try:
-        from admin_fairseq import kernels
+        from admin_fairseq.fast import kernels
 
         if not set(dtypes) <= {torch.float32, torch.float16, torch.bfloat16}:
             raise ValueError(f"dtype {', '.join(sorted(map(str, set(dtypes))))}")
