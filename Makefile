@@ -24,6 +24,7 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/shellcheck examples/*/*.sh
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto
 
 test-slow: $(READY)
@@ -34,7 +35,7 @@ gpu-report:
 	$(PYTHON) benchmarks/speed.py --device cuda --dtype bf16 --depths 18-18,60-12 --out $(OUT)/speed
 	$(PYTHON) benchmarks/speed.py --gpu-report --out $(OUT)/batches
 
-$(READY): requirements.txt requirements-fairseq.txt setup.py
+$(READY): requirements.txt requirements-fairseq.txt setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
 		{ echo "The pinned environment needs Python 3.11 or 3.12; say which, for example: make demo PYTHON=python3.12"; exit 1; }
 	@echo "Setting up in $(VENV), once."
