@@ -148,7 +148,8 @@ def main(argv: list[str] | None = None) -> None:
 
     add_analyze(commands)
 
-    args, args.rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    args.rest = rest
     if args.rest and not getattr(args, "takes_rest", False):
         parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     args.run(args)

@@ -168,6 +168,8 @@ class ResiDual(Rule):
     def set_up_stack(stack: nn.Module) -> None:
         stack.layer_norm = ResiDualNorm(stack.layers[0].embed_dim)
 
+    branch_sum: Tensor  # s, while a layer runs
+
     def residual_connection(self, x: Tensor, residual: Tensor) -> Tensor:
         self.branch_sum = self.branch_sum + x
         return residual + x

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 class AdminRule(Rule):
     """Draws no random number: from the same seed, every weight shared with the stock layer is its to the bit."""
 
+    dropout_module: nn.Module
+
     def set_up(self, stack: str, layers: dict[str, int]) -> None:
         for name in self.norm_names():
             setattr(self, name, OmegaLayerNorm(self.embed_dim, self.dropout_module))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from functools import partial
-from typing import Callable, Iterable, Iterator
+from typing import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -86,18 +86,18 @@ def set_omega(norms: Iterable[OmegaLayerNorm], values: Iterable[float]) -> None:
 
 
 @contextlib.contextmanager
-def observed(observers: dict[OmegaLayerNorm, Callable[[Tensor, Tensor], None]]) -> Iterator[None]:
+def observed(observers: Mapping[OmegaLayerNorm, Callable[[Tensor, Tensor], None]]) -> Iterator[None]:
     """Within, each sub-layer shows x and f to its observer before it adds them up, when omega may still be set.
 
     Both are (time, batch, d): the shortcut before omega, the residual branch after dropout.
     """
     try:
         for norm, observer in observers.items():
-            norm.add = partial(_show_and_add, norm, observer)
+            norm.__dict__["add"] = partial(_show_and_add, norm, observer)
         yield
     finally:
         for norm in observers:
-            vars(norm).pop("add", None)
+            norm.__dict__.pop("add", None)
 
 
 def _show_and_add(norm: OmegaLayerNorm, observer: Callable[[Tensor, Tensor], None], x: Tensor, f: Tensor) -> Tensor:

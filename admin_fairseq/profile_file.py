@@ -105,7 +105,8 @@ def read_profile(path: str, encoder_sub_layers: int | None = None, decoder_sub_l
                 numbers = content[name]
                 if not isinstance(numbers, list) or not {type(number) for number in numbers} <= {int, float}:
                     raise TypeError(f"{name} is not a list of numbers")
-            profile = Profile(**{name: [float(omega) for omega in content[name]] for name in STACKS})
+            encoder, decoder = ([float(omega) for omega in content[name]] for name in STACKS)
+            profile = Profile(encoder, decoder)
             for kind in ("branch_variance", "shortcut_variance"):
                 for name, variances in content.get(kind, {}).items():
                     if len(variances) == len(content[name]):

@@ -7,7 +7,6 @@ before such a layer's class and says what happens instead.
 
 from __future__ import annotations
 
-import functools
 from argparse import ArgumentParser, Namespace
 from typing import Any, ClassVar
 
@@ -58,18 +57,21 @@ class Rule(nn.Module):
     _load_from_state_dict = nn.Module._load_from_state_dict
 
 
-@functools.lru_cache(maxsize=None)
-def mixed(mixin: type[nn.Module], stock: type[nn.Module]) -> type[nn.Module]:
+_MIXED: dict[tuple[Any, Any], Any] = {}
+
+
+def mixed(mixin: Any, stock: Any) -> Any:
     """A class of both; one a pair, so that equal models have equal types. Its instances can be pickled."""
+    if (mixin, stock) not in _MIXED:
 
-    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        state = object.__reduce_ex__(self, 2)[2:]
-        return (_unpickled, (mixin, stock), *state)
+        def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+            return (_unpickled, (mixin, stock), *object.__reduce_ex__(self, 2)[2:])
 
-    return type(f"{mixin.__name__}{stock.__name__}", (mixin, stock), {"__reduce_ex__": reduce})
+        _MIXED[mixin, stock] = type(f"{mixin.__name__}{stock.__name__}", (mixin, stock), {"__reduce_ex__": reduce})
+    return _MIXED[mixin, stock]
 
 
-def _unpickled(mixin: type[nn.Module], stock: type[nn.Module]) -> nn.Module:
+def _unpickled(mixin: Any, stock: Any) -> nn.Module:
     kind = mixed(mixin, stock)
     return kind.__new__(kind)
 

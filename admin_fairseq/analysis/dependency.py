@@ -95,7 +95,7 @@ def dependency_map(sub_layers: list[SubLayer], final_norm: nn.Module | None) -> 
 
 def _normalised(norm: nn.Module | None, parts: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """LayerNorm of the sum of all parts and the bias, as it acts on each of them."""
-    if getattr(norm, "weight", None) is None:  # none at all, or an identity
+    if norm is None or getattr(norm, "weight", None) is None:  # none at all, or an identity
         return parts, bias
     variance = (parts.sum(0) + bias).var(-1, unbiased=False, keepdim=True)
     gain = norm.weight.detach() / (variance + norm.eps).sqrt()

@@ -161,13 +161,13 @@ def _report(args: Namespace, records: list[dict[str, Any]]) -> None:
         + (" Give DATA, as to fairseq-train, for the shares of checkpoints." if not has_data(args.rest) else "")
     ]
     page = Page("omega", text, [("", _figure(records, names), FIGURE)], [("omega", table)])
-    rows = []
+    lines = []
     for record in records:
         for stack in (stack for stack in names if stack in record):
             for number in range(len(record[stack]["mean"])):
-                row = {"label": record["label"], "update": record["update"], "stack": stack, "sub_layer": number + 1}
-                rows.append({**row, **{key: values[number] for key, values in record[stack].items()}})
-    write(args.out, "omega", {"records": records}, rows, page, args.format)
+                line = {"label": record["label"], "update": record["update"], "stack": stack, "sub_layer": number + 1}
+                lines.append({**line, **{key: values[number] for key, values in record[stack].items()}})
+    write(args.out, "omega", {"records": records}, lines, page, args.format)
 
 
 def _figure(records: Sequence[dict[str, Any]], names: Sequence[str]) -> Any:

@@ -66,10 +66,11 @@ def bind(folder: str, refused: dict[str, str] | None = None) -> str:
         AdminError: there is none, or the file cannot be written.
     """
     make_folder(folder)
-    pages = {}
+    refused = refused or {}
+    pages: dict[str, dict[str, Any]] = {}
     for name in (*ORDER, "spread"):  # the last by admin-fairseq profile
         path = os.path.join(folder, f"{name}.json")
-        if name in (refused or {}):
+        if name in refused:
             pages[name] = {"title": name, "text": [f"Not measured: {refused[name]}"], "figures": [], "tables": []}
         elif os.path.exists(path):
             with open(path, encoding="utf-8") as file:

@@ -34,12 +34,13 @@ def _safe_globals() -> dict[str, Any]:
     before fairseq 0.9 its meters. The first worker sends it to the others with its configuration, as omegaconf's
     containers.
     """
-    kinds = [argparse.Namespace, Dictionary, np.ndarray, np.dtype, distributed_utils._TensorPlaceholder]
+    kinds: list[Any] = [argparse.Namespace, Dictionary, np.ndarray, np.dtype, distributed_utils._TensorPlaceholder]
     kinds += [type(np.dtype(kind)) for kind in (np.float64, np.int64)]
     kinds += [DictConfig, ListConfig, AnyNode, ContainerMetadata, Metadata, defaultdict, dict, list, int]
-    named = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in kinds}
+    named: dict[str, Any] = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in kinds}
     named["typing.Any"] = Any
-    for function in (np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]):
+    functions: list[Any] = [value.__reduce__()[0] for value in (np.zeros(0), np.float64(0))]
+    for function in functions:
         for module in ("numpy.core", "numpy._core"):  # numpy 2 moved them: a checkpoint may come from either side
             named[f"{module}.multiarray.{function.__name__}"] = function
     for meter in (meters.AverageMeter, meters.StopwatchMeter, meters.TimeMeter):

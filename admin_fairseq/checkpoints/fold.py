@@ -94,7 +94,7 @@ def fold(state: State, untie: bool = False, keep_optimizer: bool = False) -> Sta
         if f"{stack}.embed_tokens.weight" in factors:
             args.share_decoder_input_output_embed = _is_output_tied(args) and stack == "encoder"
             args.share_all_embeddings = False
-    args.arch = STOCK[model_name(args)]
+    args.arch = STOCK[model_name(args) or ""]
     if getattr(args, "optimizer", None) in ("radam", "novograd"):  # this plugin's
         args.optimizer = "adam"
     for name in [name for name in vars(args) if name.startswith("admin_")]:
@@ -118,7 +118,7 @@ def unfold(state: State, keep_optimizer: bool = False) -> State:
         raise AdminError(f"it is of architecture {args.arch}, not of a stock transformer or transformer_lm")
     if model_name(args) != args.arch:  # else the sizes are there, or are what Admin's architecture says
         ARCH_CONFIG_REGISTRY[args.arch](args)
-    args.arch = ADMIN[model_name(args)]
+    args.arch = ADMIN[model_name(args) or ""]
     # a Pre-LN model and BASE layers are refused here
     ARCH_CONFIG_REGISTRY[args.arch](Namespace(**vars(args)))
 
@@ -158,7 +158,7 @@ def _all_sub_layers(weights: Weights) -> Iterator[tuple[str, tuple[str, ...], st
 
 def _factors(weights: Weights, args: Namespace, untie: bool, report: Callable[[str], None]) -> Weights:
     """What each weight of the fold is multiplied by, in float64; ``report`` is told what prevents it."""
-    factors = {}
+    factors: Weights = {}
     for name, readers, previous in _all_sub_layers(weights):
         stack = name.split(".")[0]
         # one number a dimension, also where omega is one number

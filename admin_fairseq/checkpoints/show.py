@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Dict, List, Union
+from typing import Any, Dict, List
 
 import torch
 
 from admin_fairseq.profile_file import STACKS, Profile
 
-Row = Dict[str, Union[int, str, float]]
+Row = Dict[str, Any]  # int, str or float, by column
 Table = Dict[str, List[Row]]  # by stack
 
 HEADS = {  # of the columns of numbers

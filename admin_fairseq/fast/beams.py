@@ -88,7 +88,7 @@ class BeamAttention(MultiheadAttention):
         if beam is None:
             return super().reorder_incremental_state(incremental_state, new_order)
         state, (sentences, stays) = self._get_input_buffer(incremental_state), by_sentence(new_order, beam)
-        if stays and len(sentences) == len(state["prev_key"]):
+        if stays and sentences is not None and len(sentences) == len(state["prev_key"]):
             return incremental_state
         if sentences is None:  # from here on each hypothesis has its own
             self.set_incremental_state(incremental_state, "beam", {"size": 1})

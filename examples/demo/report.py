@@ -9,7 +9,6 @@ from typing import Any
 
 import matplotlib
 import torch
-
 from admin_fairseq.checkpoint import load
 
 matplotlib.use("Agg")

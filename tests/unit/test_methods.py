@@ -175,9 +175,7 @@ def test_omega_options(option, width, build):
 @pytest.mark.parametrize("arguments", ["admin --admin-init logn", "admin_logn", "admin_sqrt"])
 def test_closed_forms(arguments, build):
     """microsoft/admin-torch's two output changes, O(log n) and O(1), with n sub-layers of a stack."""
-    assert CLOSED_FORMS["logn"](2, 200) == pytest.approx(
-        (201 / 5.303304908 - 1) ** 0.5
-    )  # its example, 6.07
+    assert CLOSED_FORMS["logn"](2, 200) == pytest.approx((201 / 5.303304908 - 1) ** 0.5)  # its example, 6.07
     model, _, _ = build(*f"transformer_{arguments}".split())
     for stack, n in ((model.encoder, 6), (model.decoder, 6)):
         expected = math.sqrt(n) if "sqrt" in arguments else math.sqrt((n + 1) / math.log(n + 1) - 1)
