@@ -1,0 +1,118 @@
+"""What holds for every architecture of every method, decoder-only ones included."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
+from helpers import ROOT, loss_and_gradients, unsettle
+
+from admin_fairseq import AdminError
+from admin_fairseq.architectures import METHODS
+from admin_fairseq.methods import deepnorm_constants
+
+LANGUAGE_MODELS = [method for method in METHODS if METHODS[method].language_model != "transformer_lm"]
+
+
+def tokens(rows=3, length=7):
+    return torch.randint(5, 60, (rows, length), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_depths_of_deep_encoders(method):
+    for suffix in ("12_1", "12_2", "18_2", "24_6", "40_6"):
+        args = Namespace()
+        ARCH_CONFIG_REGISTRY[f"transformer_{method}_{suffix}"](args)
+        assert f"{args.encoder_layers}_{args.decoder_layers}" == suffix
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_names_of_language_models(method):
+    stock = Namespace()
+    ARCH_CONFIG_REGISTRY["transformer_lm"](stock)
+    for suffix, layers in {"": 6, "_6": 6, "_12": 12, "_48": 48, "_100": 100}.items():
+        name, args = f"transformer_lm_{method}{suffix}", Namespace()
+        ARCH_CONFIG_REGISTRY[name](args)
+        assert ARCH_MODEL_REGISTRY[name] is ARCH_MODEL_REGISTRY[f"transformer_lm_{method}"]
+        assert args.decoder_layers == layers
+        assert args.decoder_normalize_before is (method == "preln")
+        for option in vars(stock).keys() - {"decoder_layers", "decoder_normalize_before"}:
+            assert getattr(args, option) == getattr(stock, option)
+
+
+@pytest.fixture
+def any_model(build, build_lm):
+    """any_model(method, kind, *options) -> (model, its input, task, cfg)."""
+
+    def any_model(method, kind, *options):
+        small = ("--decoder-layers", "2", *options)
+        model, task, cfg = (build_lm if kind == "transformer_lm" else build)(f"{kind}_{method}", *small)
+        net_input = {"src_tokens": tokens(), "src_lengths": torch.full((3,), 7)}
+        if kind == "transformer":
+            net_input["prev_output_tokens"] = tokens()
+        return model, net_input, task, cfg
+
+    return any_model
+
+
+@pytest.mark.parametrize("options", [(), ("--checkpoint-activations",)])
+@pytest.mark.parametrize("kind", ["transformer", "transformer_lm"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_can_be_pickled(method, kind, options, any_model):
+    model, net_input, *_ = any_model(method, kind, *options)
+    expected = model.eval()(**net_input)[0]
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert type(other) is type(model)
+        assert torch.equal(other(**net_input)[0], expected)
+
+
+def test_a_pickle_is_read_by_another_process(any_model, tmp_path):
+    """Which has built no model, so that no class of a rule and a layer is there yet."""
+    model, net_input, *_ = any_model("admin", "transformer")
+    (tmp_path / "model.pickle").write_bytes(pickle.dumps((model.eval(), net_input, model(**net_input)[0])))
+    script = "import pickle, sys, torch, admin_fairseq; model, given, expected = pickle.load(open(sys.argv[1], 'rb'))"
+    script += "; assert torch.equal(model(**given)[0], expected)"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "model.pickle")], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("method", LANGUAGE_MODELS)
+def test_language_models_decode_step_by_step(method, any_model):
+    model, net_input, *_ = any_model(method, "transformer_lm")
+    unsettle(model.eval())
+    full, state = model(**net_input)[0], {}
+    for step in range(full.shape[1]):
+        one, _ = model.decoder(net_input["src_tokens"][:, : step + 1], incremental_state=state)
+        torch.testing.assert_close(one[:, 0], full[:, step], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", LANGUAGE_MODELS)
+def test_language_models_with_checkpointed_activations(method, any_model):
+    results = []
+    for options in ((), ("--checkpoint-activations",)):
+        model, net_input, task, cfg = any_model(method, "transformer_lm", "--dropout", "0.3", *options)
+        unsettle(model)
+        sample = {"net_input": net_input, "target": tokens(), "ntokens": 21}
+        results.append(loss_and_gradients(model, task, cfg, sample))
+    (expected_loss, expected), (loss, gradients) = results
+    assert loss == expected_loss
+    assert gradients.keys() == expected.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", LANGUAGE_MODELS)
+def test_language_models_are_post_ln(method, build_lm):
+    with pytest.raises(AdminError, match="--decoder-normalize-before"):
+        build_lm(f"transformer_lm_{method}", "--decoder-normalize-before")
+
+
+def test_deepnorm_of_a_language_model():
+    """Wang et al. 2022, figure 2: alpha (2M)^(1/4) and beta (8M)^(-1/4) for a decoder alone."""
+    assert deepnorm_constants(0, 8) == {"decoder": (pytest.approx(2.0), pytest.approx(64**-0.25))}
