@@ -6,7 +6,8 @@
   kernel   the sub-layer's LayerNorm alone
   deploy   fairseq-generate beside CTranslate2
 
-They import from common, divergence, tables and figures; logs reads what fairseq logs, and runs trains and translates.
+They import from common, divergence, tables and figures, which import none of them; data reads a data-bin, logs what
+fairseq logs, and runs trains and translates.
 records/ holds results with the commands that gave them.
 """
 

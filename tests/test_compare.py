@@ -396,8 +396,10 @@ def test_own_methods_and_variants_beside_what_is_finished(first: Any, data: Path
     trained = (folder / "train.log").read_text(encoding="utf-8").splitlines()[0]
     assert "--cpu --admin-init sqrt --optimizer radam --user-dir" in trained and "adam-betas" not in trained
     (own / "__init__.py").write_text(OWN_METHOD + "# another version of it\n", encoding="utf-8")
-    again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert again.returncode == 1 and "mine_1-1_lr0.005_w20_s1 was run with user-dir: " in again.stderr
+    later = runner(data, out, "--updates", "80")
+    later.args.user_dir = own
+    with pytest.raises(AdminError, match=r"mine_1-1_lr0\.005_w20_s1 was run with user-dir: "):
+        later.stored(compare.Run("mine", "1-1", 5e-3, 20, 1))
 
 
 def test_a_user_dir_that_is_not_there(tmp_path: Path):
