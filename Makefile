@@ -31,9 +31,9 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -n auto -m slow
 
 gpu-report:
-	$(PYTHON) benchmarks/kernel.py --out $(OUT)/kernel
-	$(PYTHON) benchmarks/speed.py --device cuda --dtype bf16 --depths 18-18,60-12 --out $(OUT)/speed
-	$(PYTHON) benchmarks/speed.py --gpu-report --out $(OUT)/batches
+	$(PYTHON) -m benchmarks.kernel --out $(OUT)/kernel
+	$(PYTHON) -m benchmarks.speed --device cuda --dtype bf16 --depths 18-18,60-12 --out $(OUT)/speed
+	$(PYTHON) -m benchmarks.speed --gpu-report --out $(OUT)/batches
 
 $(READY): requirements.txt requirements-fairseq.txt setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \

@@ -1,7 +1,7 @@
 """The paper's side experiments on optimizers, at a size for a few cores: which optimizers train a Transformer, and how
 much warmup it needs.
 
-    python benchmarks/claims.py DATA-BIN --experiment sgd --updates 400 --out DIR -- --encoder-embed-dim 64 ...
+    python -m benchmarks.claims DATA-BIN --experiment sgd --updates 400 --out DIR -- --encoder-embed-dim 64 ...
 
   sgd        SGD with momentum beside Adam, RAdam and NovoGrad, each over a grid of learning rates. The paper
              (Liu et al. 2020, abstract and section 3): SGD fails to train Transformers, and gradients that
@@ -11,9 +11,9 @@ much warmup it needs.
   warmup     the number of warmup updates at one peak learning rate, with linear decay to zero. (After inverse_sqrt's
              warmup the learning rate depends on its length.)
 
-Each is a set of benchmarks/compare.py runs in DIR/<experiment>/<variant>, which can be stopped and go on like those.
-DIR gets <experiment>.csv (a row a run) and <experiment>.png (validation perplexity; a panel a method). What follows --
-goes to fairseq-train.
+Each is a set of runs of benchmarks.compare in DIR/<experiment>/<variant>, which can be stopped and go on like those.
+DIR gets <experiment>.csv (one row per run) and <experiment>.png (validation perplexity; one panel per method). What
+follows -- goes to fairseq-train.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from admin_fairseq.errors import AdminError  # noqa: E402
-from admin_fairseq.files import as_csv  # noqa: E402
-from benchmarks.compare import Data, number, split_options, write  # noqa: E402
-from benchmarks.figures import panels  # noqa: E402
+from admin_fairseq.errors import AdminError
+from admin_fairseq.files import as_csv
+from benchmarks.common import child_environment, split_options, write
+from benchmarks.data import Data
+from benchmarks.figures import panels
+from benchmarks.tables import number
 
 
 class Variant(NamedTuple):
-    """A label, options of compare.py and of fairseq-train; {updates} is the number of updates."""
+    """A label, options of benchmarks.compare and of fairseq-train; {updates} is the number of updates."""
 
     label: str
     compare: str
@@ -66,13 +66,13 @@ EXPERIMENTS = {
 }
 
 
-def run(name: str, args: argparse.Namespace) -> list[dict[str, str]]:
+def train_variants(name: str, args: argparse.Namespace) -> list[dict[str, str]]:
     """Every run of an experiment, as compare.csv has it, with the column "variant".
 
     NovoGrad is left out, and this said, where its package is not installed.
 
     Raises:
-        AdminError: compare.py failed; it has said why.
+        AdminError: benchmarks.compare failed; it has said why.
     """
     rows, variants = [], EXPERIMENTS[name]
     if importlib.util.find_spec("pytorch_optimizer") is None:
@@ -83,11 +83,11 @@ def run(name: str, args: argparse.Namespace) -> list[dict[str, str]]:
     for variant in variants:
         folder = args.out / name / re.sub(r"\W+", "-", variant.label.lower())
         words = shlex.split(variant.fairseq.format(updates=args.updates)) + args.extra
-        command = [sys.executable, ROOT / "benchmarks/compare.py", args.data, "--methods", args.methods]
+        command = [sys.executable, "-m", "benchmarks.compare", args.data, "--methods", args.methods]
         command += ["--depths", args.depth, "--updates", args.updates, "--seeds", args.seeds, "--out", folder]
         command += ["--jobs", args.jobs, "--no-bleu", *shlex.split(variant.compare), "--", *words]
         print(f"== {name}: {variant.label}", flush=True)
-        if subprocess.run([str(word) for word in command]).returncode:
+        if subprocess.run([str(word) for word in command], env=child_environment()).returncode:
             raise AdminError(f"{variant.label}: see above; the same command goes on")
         with open(folder / "compare.csv", encoding="utf-8", newline="") as file:
             rows += [{"variant": variant.label, **row} for row in csv.DictReader(file)]
@@ -96,10 +96,14 @@ def run(name: str, args: argparse.Namespace) -> list[dict[str, str]]:
 
 def main() -> None:
     argv, extra = split_options(sys.argv[1:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.claims",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("data", type=Path, metavar="DATA-BIN", help="folder that fairseq-preprocess wrote")
     parser.add_argument("--experiment", choices=EXPERIMENTS, required=True)
-    parser.add_argument("--methods", default="postln,preln,admin", help="as in compare.py (%(default)s)")
+    parser.add_argument("--methods", default="postln,preln,admin", help="as in benchmarks.compare (%(default)s)")
     parser.add_argument("--depth", default="6-6", help="encoder and decoder layers (%(default)s)")
     parser.add_argument("--seeds", default="1", help="seeds (%(default)s)")
     parser.add_argument("--updates", type=int, required=True, help="training updates of each run")
@@ -107,7 +111,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for everything written")
     args = parser.parse_args(argv)
     args.extra = extra
-    rows = run(args.experiment, args)
+    rows = train_variants(args.experiment, args)
     write(args.out / f"{args.experiment}.csv", as_csv(rows, rows[0]))
     axis = "warmup" if args.experiment == "warmup" else "lr"
     lines = {}

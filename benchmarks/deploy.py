@@ -1,6 +1,6 @@
 """A recipe's run translated by fairseq-generate and by CTranslate2, side by side: scores and sentences per second.
 
-    python benchmarks/deploy.py RUN [--threads 1 2] [--repeat 3]
+    python -m benchmarks.deploy RUN [--threads 1 2] [--repeat 3]
 
 Both translate the recipe's binarised or BPE'd test set with its beam and length penalty, in batches of so many tokens
 with padding: fairseq the Admin checkpoint itself, CTranslate2 what examples/deploy/convert.py makes of it, in float32
@@ -23,27 +23,26 @@ from importlib.metadata import version
 from pathlib import Path
 
 import ctranslate2
+from sacremoses import MosesDetokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "examples" / name) for name in ("common", "deploy")]
-
-from convert import checkpoint_of, convert, read_json  # noqa: E402
-from sacremoses import MosesDetokenizer  # noqa: E402
-from score import hypotheses, score  # noqa: E402
+from benchmarks.common import PLUGIN, child_environment
+from benchmarks.tables import markdown
+from examples.common.score import hypotheses, score
+from examples.deploy.convert import checkpoint_of, convert, read_json
 
 
-def read(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
     return path.read_text("utf-8").split("\n")[:-1]
 
 
 def by_fairseq(run: Path, data: Path, count: int, search: dict, tokens: int, threads: int) -> tuple[list[str], float]:
     """The test set's translations, in tokens, and seconds."""
     command = [
-        *(Path(sys.executable).with_name("fairseq-generate"), data, "--user-dir", ROOT / "admin_fairseq", "--cpu"),
+        *(Path(sys.executable).with_name("fairseq-generate"), data, "--user-dir", PLUGIN, "--cpu"),
         *("--path", checkpoint_of(run), "--beam", search["beam_size"], "--lenpen", search["length_penalty"]),
         *("--max-tokens", tokens, "--required-batch-size-multiple", 1, "--post-process", "subword_nmt"),
     ]
-    environment = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore")
+    environment = child_environment(OMP_NUM_THREADS=str(threads), PYTHONWARNINGS="ignore")
     finished = subprocess.run([*map(str, command)], env=environment, capture_output=True)
     if finished.returncode != 0:
         sys.exit(finished.stderr.decode() + "error: fairseq-generate failed")
@@ -64,7 +63,11 @@ def by_ctranslate2(folder: Path, source: list[str], search: dict, tokens: int, t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.deploy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("--data", type=Path, help="what prepare.sh made, if it was moved since the training")
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
@@ -78,31 +81,30 @@ def main() -> None:
         convert(args.run, folders["float32"], data)
         convert(args.run, folders["int8"], data, "int8")
         text = read_json(folders["int8"] / "text.json")
-        source = read(data / "text" / f"bpe.test.{text['source']}")
-        references = [read(data / "text" / f"{kind}.test.{text['target']}") for kind in ("tok", "raw")]
+        source = read_lines(data / "text" / f"bpe.test.{text['source']}")
+        references = [read_lines(data / "text" / f"{kind}.test.{text['target']}") for kind in ("tok", "raw")]
         found, seconds = {}, {}
         for threads in args.threads:
             for _ in range(args.repeat):
                 setting = (text["search"], args.tokens, threads)
-                runs = {"fairseq-generate": by_fairseq(args.run, data, len(source), *setting)}
+                answers = {"fairseq-generate": by_fairseq(args.run, data, len(source), *setting)}
                 for name, folder in folders.items():
-                    runs[f"CTranslate2 {name}"] = by_ctranslate2(folder, source, *setting)
-                for name, (lines, duration) in runs.items():
+                    answers[f"CTranslate2 {name}"] = by_ctranslate2(folder, source, *setting)
+                for name, (lines, duration) in answers.items():
                     found[name] = lines
                     seconds.setdefault((name, threads), []).append(duration)
                     print(f"{threads} thread(s), {name}: {duration:.2f} s", file=sys.stderr, flush=True)
 
     detokenize = MosesDetokenizer(lang=text["target"]).detokenize
-    columns = "".join(f" sentences/s, {threads} thread{'s'[: threads > 1]} |" for threads in args.threads)
-    print(f"| | tokenised BLEU | sacreBLEU | chrF | same as fairseq |{columns}")
-    print("|---|---|---|---|---|" + "---|" * len(args.threads))
+    rows = [["", "tokenised BLEU", "sacreBLEU", "chrF", "same as fairseq"]]
+    rows[0] += [f"sentences/s, {threads} thread{'s'[: threads > 1]}" for threads in args.threads]
     for name, lines in found.items():
         plain = [detokenize(line.split()) for line in lines]
         scores = score(lines, references[0], plain, references[1], lowercase="lowercase" in text["tokenize"])
-        cells = [f"{result['score']:.2f}" for result in scores.values()]
-        cells.append(f"{sum(map(str.__eq__, lines, found['fairseq-generate'])):,} of {len(lines):,}")
-        cells += [f"{len(lines) / min(seconds[name, threads]):.1f}" for threads in args.threads]
-        print(f"| {name} | {' | '.join(cells)} |")
+        same = sum(map(str.__eq__, lines, found["fairseq-generate"]))
+        row = [name, *(f"{result['score']:.2f}" for result in scores.values()), f"{same:,} of {len(lines):,}"]
+        rows.append([*row, *(f"{len(lines) / min(seconds[name, threads]):.1f}" for threads in args.threads)])
+    print(markdown(rows))
     packages = ", ".join(f"{name} {version(name)}" for name in ("ctranslate2", "torch", "sacrebleu"))
     print(f"\nPython {platform.python_version()}, {packages}; {os.cpu_count()} cores, {platform.machine()}")
 

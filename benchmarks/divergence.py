@@ -1,16 +1,16 @@
-"""Whether a training diverged, told from its loss without label smoothing, averaged over neighbouring log lines.
+"""Whether a training run diverged, judged by its loss without label smoothing, averaged over neighbouring log lines.
 
   non-finite  the loss or its gradient became infinite or NaN (after this update)
   loss-scale  the fp16 loss scale shrank to its minimum, at which fairseq stops (after this update)
-  plateau     it ended where its input was of no use, and has not fallen since this update
-  collapsed   it made use of its input until this update, then rose back to where it is of none, and stayed
-  exploded    it never did, and ended clearly above its lowest loss, which it had at this update
-  slow        it ended there too, but was still falling, or has too few updates to tell
+  plateau     it ended no better than a model without input, and has not improved since this update
+  collapsed   it made use of its input until this update, then rose back to where it makes none, and stayed
+  exploded    it never made use of its input, and ended clearly above its lowest loss, which it had at this update
+  slow        it ended no better than a model without input, but was still falling, or has too few updates to tell
   trained     none of these
 
-Where input is of no use: a model that ignores it, the source and the words before, reaches the perplexity of the target
-words' frequencies (unigram), and at best that of their frequencies at each position of the sentence (positional). A
-training that ends above the second has learnt nothing from its input. Both are computed from the training targets.
+A model without input ignores the source and the words before. It reaches the perplexity of the target words'
+frequencies (unigram), and at best that of their frequencies at each position of the sentence (positional). A run that
+ends above the second has learnt nothing from its input. Both are computed from the training targets.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Iterable
 import numpy as np
 
 DIVERGED = ("plateau", "collapsed", "exploded", "non-finite", "loss-scale")
-FLAT = 0.05  # nats: a perplexity that falls by less than 5% in the last third of the training has stopped falling
+FLAT = 0.05  # nats: a perplexity that falls by less than 5% in the last third of the updates has stopped falling
 ENOUGH = 20  # points of the curve, to call what it ends in a plateau
 CLEARLY = 0.2  # nats below the positional level, or above the lowest loss: more than noise
 
@@ -60,7 +60,7 @@ def final_loss(losses: list[float]) -> float:
 
 
 def judge(curve: list[tuple[int, float]], positional: float, error: str = "") -> tuple[str, int | None]:
-    """What became of a training: (verdict, the update that goes with it).
+    """The verdict on a training run, and the update that goes with it.
 
     ``curve`` holds (update, training loss in nats), ``positional`` is the positional perplexity, ``error`` the text of
     the FloatingPointError with which fairseq stopped, if it did. The verdicts are those of this module's docstring.

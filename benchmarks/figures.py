@@ -21,7 +21,7 @@ def panels(
     ylabel: str,
     ticks: Sequence[float] = (),
 ) -> bytes:
-    """A PNG with a panel a title and a labelled line a method; perplexity on a logarithmic axis up to 4 x unigram.
+    """A PNG with a panel for each title and a labelled line for each method; perplexity is logarithmic, to 4 x unigram.
 
     ``lines`` maps (title, method) to (x, y). With ``ticks`` the x axis is logarithmic too, has these ticks, and the
     points are marked, those without a finite y by a cross at the top.
@@ -97,7 +97,7 @@ def _label(axis: Any, ends: list[tuple[float, float, str, dict[str, Any]]]) -> N
 
 
 def against_depth(table: Sequence[dict[str, Any]]) -> bytes:
-    """A PNG with tokens a second and peak memory against the number of layers, a labelled line a method.
+    """A PNG with tokens per second and peak memory by number of layers, a labelled line for each method.
 
     ``table`` has rows with depth, layers, method, max_tokens, tokens_per_s and memory_mb; of several batch sizes the
     first is drawn.

@@ -1,7 +1,7 @@
 """The sub-layer's LN(omega * x + dropout(f)): eager, fused, and stock's LN(x + dropout(f)), side by side.
 
-    python benchmarks/kernel.py --out DIR                               # on a GPU: share of the copy bandwidth
-    python benchmarks/kernel.py --device cpu --threads 1 --out DIR      # on a CPU: time relative to stock
+    python -m benchmarks.kernel --out DIR                               # on a GPU: share of the copy bandwidth
+    python -m benchmarks.kernel --device cpu --threads 1 --out DIR      # on a CPU: time relative to stock
 
 All run in turns, round after round, so that what else the machine does meets all of them alike. On a GPU a copy of
 1 GiB is timed first, then forward and backward each: the GPU's own time (the queue is filled before it starts, the
@@ -17,7 +17,6 @@ import operator
 import os
 import platform
 import statistics
-import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from admin_fairseq import AdminError, fused
-from admin_fairseq.files import as_csv, writing
+from admin_fairseq.files import as_csv
+from benchmarks.common import command_line, write
+from benchmarks.tables import markdown
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -50,7 +49,7 @@ def inputs(tokens: int, width: int, dtype: torch.dtype, device: str) -> tuple[li
     return [t.clone().requires_grad_() for t in (f, x, *vectors)], dy.clone()
 
 
-def on_gpu(calls: list[Callable[[], object]], waiting: bool) -> float:
+def gpu_seconds(calls: list[Callable[[], object]], waiting: bool) -> float:
     """Seconds of each of these calls on average; ``waiting``: the queue is filled before the GPU starts."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
@@ -69,11 +68,11 @@ def copy_bandwidth() -> float:
     source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
     calls = [lambda: target.copy_(source)] * 5
-    on_gpu(calls, True)
-    return 2 * source.numel() * 4 / statistics.median(on_gpu(calls, True) for _ in range(7))
+    gpu_seconds(calls, True)
+    return 2 * source.numel() * 4 / statistics.median(gpu_seconds(calls, True) for _ in range(7))
 
 
-def measure_gpu(args: argparse.Namespace) -> list[dict[str, object]]:
+def time_on_gpu(args: argparse.Namespace) -> list[dict[str, object]]:
     reference, rows = copy_bandwidth(), []
     print(f"copy: {reference / 1e9:.0f} GB/s")
     x = torch.empty(1, 512, device="cuda", dtype=DTYPES[args.dtype])
@@ -99,7 +98,7 @@ def measure_gpu(args: argparse.Namespace) -> list[dict[str, object]]:
             for number in range(args.rounds + 1):
                 for (way, which), functions in calls.items():
                     for waiting in (True, False):
-                        took = on_gpu(functions, waiting)
+                        took = gpu_seconds(functions, waiting)
                         if number:  # the first round compiles and warms up
                             seconds.setdefault((way, which, waiting), []).append(took)
             for way, which in calls:
@@ -120,7 +119,7 @@ def measure_gpu(args: argparse.Namespace) -> list[dict[str, object]]:
     return rows
 
 
-def measure_cpu(args: argparse.Namespace) -> list[dict[str, object]]:
+def time_on_cpu(args: argparse.Namespace) -> list[dict[str, object]]:
     torch.set_num_threads(args.threads)
     ways, rows = {"stock": stock, "eager": eager, "fused": fused.few_passes}, []
     for width in args.widths:
@@ -161,7 +160,9 @@ def versions(args: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m benchmarks.kernel",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="on a GPU; fp32 on a CPU")
@@ -175,19 +176,14 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise AdminError("torch sees no GPU here; --device cpu measures the CPU's computation")
     args.tokens = args.tokens or ([1024, 4096] if args.device == "cpu" else [2**n for n in range(12, 17)])
-    rows = measure_gpu(args) if args.device == "cuda" else measure_cpu(args)
-    lines = [
-        f"| {' | '.join(map(str, row))} |" for row in (rows[0], ["---"] * len(rows[0]), *(r.values() for r in rows))
-    ]
-    table = "\n".join(lines)
+    rows = time_on_gpu(args) if args.device == "cuda" else time_on_cpu(args)
+    table = markdown([list(rows[0]), *([str(value) for value in row.values()] for row in rows)])
     print(f"{table}\n\n{versions(args)}")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        command = f"    python benchmarks/kernel.py {' '.join(sys.argv[1:])}"
-        with writing(str(args.out / "kernel.md")) as out:
-            out.write(f"# LN(omega * x + dropout(f))\n\n{command}\n\n{table}\n\n{versions(args)}\n".encode())
-        with writing(str(args.out / "kernel.csv")) as out:
-            out.write(as_csv(rows).encode())
+        text = f"# LN(omega * x + dropout(f))\n\n    {command_line('kernel')}\n\n{table}\n\n{versions(args)}\n"
+        write(args.out / "kernel.md", text)
+        write(args.out / "kernel.csv", as_csv(rows))
 
 
 if __name__ == "__main__":

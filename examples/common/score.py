@@ -15,13 +15,18 @@ import sys
 from pathlib import Path
 
 import sacrebleu
-from corpus import writing
 from sacremoses import MosesDetokenizer
+
+
+def sentences(log: str, kind: str) -> dict[int, str]:
+    """A log's lines of a kind by the sentence's number: H, the best hypothesis, or T, the reference."""
+    score = r"[^\t]*\t" if kind == "H" else ""
+    return {int(number): text for number, text in re.findall(rf"^{kind}-(\d+)\t{score}(.*)$", log, re.M)}
 
 
 def hypotheses(log: str, count: int) -> list[str]:
     """The best hypothesis of each sentence, in the test set's order."""
-    found = {int(number): text for number, text in re.findall(r"^H-(\d+)\t[^\t]*\t(.*)$", log, re.M)}
+    found = sentences(log, "H")
     if sorted(found) != list(range(count)):
         sys.exit(f"error: the log holds {len(found)} translations; the test set has {count} sentences")
     return [found[number] for number in range(count)]
@@ -36,6 +41,11 @@ def split_compounds(line: str) -> str:
     return re.sub(r"(\S)-(\S)", r"\1 ##AT##-##AT## \2", line.replace(" @-@ ", "-"))
 
 
+def tokenised_bleu() -> sacrebleu.BLEU:
+    """As multi-bleu.perl computes it, of text that is tokenised already."""
+    return sacrebleu.BLEU(tokenize="none", smooth_method="none", force=True)
+
+
 def score(
     hypotheses_tok: list[str],
     references_tok: list[str],
@@ -45,7 +55,7 @@ def score(
     compounds: bool = False,
 ) -> dict[str, dict[str, object]]:
     """The scores by name, each with its value, sacrebleu's signature and its own line of details."""
-    tokenised = sacrebleu.BLEU(tokenize="none", smooth_method="none", force=True)  # as multi-bleu.perl
+    tokenised = tokenised_bleu()
     runs = {"tokenised BLEU, as in the paper": (tokenised, hypotheses_tok, references_tok)}
     if compounds:
         halves = [[split_compounds(line) for line in lines] for lines in (hypotheses_tok, references_tok)]
@@ -64,6 +74,8 @@ def score(
 
 
 def main() -> None:
+    from corpus import writing  # beside this script; who imports the functions above may have no path to it
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of generate.log")
     parser.add_argument("text", type=Path, help="folder of the references")

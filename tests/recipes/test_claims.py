@@ -1,4 +1,4 @@
-"""benchmarks/claims.py: its grids are ones that compare.py takes, and a small one goes from training to figure."""
+"""benchmarks.claims: its grids are ones that benchmarks.compare takes, and a small one goes from training to figure."""
 
 import csv
 import shlex

@@ -1,4 +1,4 @@
-"""benchmarks/compare.py: what it tells from a loss, and one comparison from training to table and figures."""
+"""benchmarks.compare: its verdicts on loss curves, and one comparison from training to table and figures."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from helpers import ROOT, WIDTHS
 
 from admin_fairseq import AdminError
 from admin_fairseq.analysis.figures import COLOURS, DASHES
-from benchmarks import compare, figures
+from benchmarks import compare, figures, logs
 from benchmarks.divergence import context_free_perplexities, judge
 from benchmarks.figures import panels
+from benchmarks.logs import RunError
 
 UNIGRAM, POSITIONAL = 288.0, 174.0
 
@@ -114,16 +115,16 @@ def test_a_log_is_read():
         row = {"loss": "9.9", "nll_loss": "3", "num_updates": str(step * 2), "gb_free": str(70 - step % 3)}
         lines += log_lines(step + 5.0 * (step > 5), train_inner=row)  # one interval of 6 seconds
     lines += log_lines(99, valid={"valid_loss": "5", "valid_nll_loss": "4"})
-    result = compare.read_log(lines, 100.0, POSITIONAL, 20)
+    result = logs.read_log(lines, 100.0, POSITIONAL, 20)
     assert (result["verdict"], result["parameters"], result["ms_per_update"]) == ("trained", 1234, 500)
     assert (result["train_ppl"], result["valid_ppl"]) == pytest.approx((8, 16))
     assert result["memory_mb"] == pytest.approx(11.25 * 1024)  # on a GPU its own, not the process's
-    stopped = compare.read_log([(0.0, "FloatingPointError: gradients are Nan/Inf\n")], 100.0, POSITIONAL, 20)
+    stopped = logs.read_log([(0.0, "FloatingPointError: gradients are Nan/Inf\n")], 100.0, POSITIONAL, 20)
     assert (stopped["verdict"], stopped["update"], stopped["valid_ppl"], stopped["memory_mb"]) == (
         *("non-finite", 0, None, 100),
     )
     rows = {"train_inner": {"loss": "2", "num_updates": "1"}, "valid": {"valid_loss": "2"}}
-    without_smoothing = compare.read_log(log_lines(1, **rows), 1, POSITIONAL, 1)
+    without_smoothing = logs.read_log(log_lines(1, **rows), 1, POSITIONAL, 1)
     assert without_smoothing["train_ppl"] == pytest.approx(4)
 
 
@@ -132,15 +133,15 @@ def test_a_run_that_ended_early_failed():
     valid = log_lines(2, valid={"valid_loss": "5", "valid_num_updates": "9"})
 
     def read(lines, updates):
-        return compare.read_log(lines, 1, POSITIONAL, updates)
+        return logs.read_log(lines, 1, POSITIONAL, updates)
 
     read([*steps, *valid], 9)
     read([*steps, (2, "FloatingPointError: gradients are Nan/Inf\n")], 9)
-    with pytest.raises(compare.RunError, match="ended after 9 of 10 updates"):
+    with pytest.raises(RunError, match="ended after 9 of 10 updates"):
         read([*steps, *valid], 10)
-    with pytest.raises(compare.RunError, match="ended after 0 of 10 updates"):
+    with pytest.raises(RunError, match="ended after 0 of 10 updates"):
         read([], 10)
-    with pytest.raises(compare.RunError, match="no validation"):
+    with pytest.raises(RunError, match="no validation"):
         read(steps, 8)
 
 
@@ -155,7 +156,7 @@ def test_bleu_is_fairseqs():
         encode = [words.encode_line(" ".join(line), add_if_not_exist=True) for line in (reference, hypothesis)]
         scorer.add(*encode)
     assert 40 < scorer.score() < 90
-    assert compare.bleu(log) == pytest.approx(scorer.score(), abs=0.01)
+    assert logs.bleu(log) == pytest.approx(scorer.score(), abs=0.01)
 
 
 def result(verdict: str = "trained", update: int | None = None, valid_ppl: float | None = 10.0) -> dict[str, Any]:
@@ -225,7 +226,7 @@ def test_numbers_that_are_no_use():
         ("6-6 layers", "postln"): ([1, 2, 3, 4], [pytest.approx(math.exp(5)), math.inf, math.inf, math.inf])
     }
     assert [compare.number(value) for value in (None, 9.96, 123456.0, 1e120)] == ["-", "10.0", "123456", "1e+120"]
-    valid = compare.read_log(
+    valid = logs.read_log(
         [*log_lines(1, train_inner={"loss": "2", "num_updates": "1"}), *log_lines(2, valid={"valid_loss": "900"})],
         *(1, POSITIONAL, 1),
     )
@@ -265,6 +266,10 @@ def test_panels_show_lost_runs_and_tick_labels_with_room(monkeypatch: pytest.Mon
         (["--", "--no-save"], "--no-save cannot follow --: the best runs translate"),
         (["--", "--disable-validation"], "--disable-validation cannot follow --: the best runs are"),
         (["--", "--encoder-normalize-before"], "--encoder-normalize-before cannot follow --: it would make every"),
+        (["--methods", "admin sqrt"], "'admin sqrt' is no method; there are admin,"),
+        (["--methods", "admin,preln --lr 1"], "--lr is set by this script and cannot follow preln"),
+        (["--methods", "admin --no-save"], "--no-save cannot follow admin: the best runs translate"),
+        (["--methods", "admin --lr-scheduler fixed,preln", "--warmup", "0"], "--warmup 0 needs another scheduler"),
     ],
 )
 def test_bad_options(capsys: Any, arguments: list[str], line: str):
@@ -272,6 +277,17 @@ def test_bad_options(capsys: Any, arguments: list[str], line: str):
     with pytest.raises(SystemExit) as stopped:
         compare.parse([*good, *arguments])
     assert stopped.value.code == 2 and line in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_methods_with_options_of_their_own(data: Path, tmp_path: Path):
+    args = runner(data, tmp_path, "--updates", "9", "--methods", "postln, admin  --admin-init sqrt,admin").args
+    assert args.methods == ["postln", "admin --admin-init sqrt", "admin"]
+    run = compare.Run(args.methods[1], "6-6", 1e-3, 200, 1)
+    assert run.name == "admin_--admin-init_sqrt_6-6_lr0.001_w200_s1"
+    assert run.base_method == "admin"
+    assert compare.Run("admin --admin-profile a/b.json", "6-6", 1e-3, 200, 1).name.startswith(
+        "admin_--admin-profile_a_b.json_6-6"
+    )
 
 
 def test_a_folder_without_data(tmp_path: Path):
@@ -283,15 +299,15 @@ def test_a_folder_without_data(tmp_path: Path):
 def test_a_missing_test_set_is_said_before_training(data: Path, tmp_path: Path, monkeypatch: Any):
     copied = shutil.copytree(data, tmp_path / "bin", ignore=lambda *_: ["test.de-en.en.idx"])
     words = command(copied, tmp_path / "out", "--methods", "admin", "--updates", 9)
-    monkeypatch.setattr(sys, "argv", words[1:])
+    monkeypatch.setattr(sys, "argv", words[2:])
     with pytest.raises(AdminError, match="has no binarised test set to translate; give --no-bleu"):
         compare.main()
     assert not (tmp_path / "out").exists()
 
 
 def command(data: Path, out: Path, *arguments: Any) -> list[str]:
-    words = [sys.executable, ROOT / "benchmarks/compare.py", data, "--depths", "1-1", "--warmup", 20, "--out", out]
-    return [*map(str, (*words, "--jobs", 2, *arguments)), "--", *WIDTHS]
+    words = [data, "--depths", "1-1", "--warmup", 20, "--out", out, "--jobs", 2, *arguments]
+    return [sys.executable, "-m", "benchmarks.compare", *map(str, words), "--", *WIDTHS]
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +315,7 @@ def first(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
     """Two methods at one learning rate."""
     out = tmp_path_factory.mktemp("compare") / "out"
     words = command(data, out, "--methods", "postln,admin", "--lr", "5e-3", "--updates", 80)
-    return out, subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    return out, subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
 def rows(out: Path) -> list[dict[str, str]]:
@@ -339,7 +355,7 @@ def test_going_on_with_a_rate_that_diverges(first: Any, data: Path, monkeypatch:
     out, _ = first
     before = {file: file.stat().st_mtime_ns for file in out.glob("*/*.log")}
     words = command(data, out, "--methods", "admin", "--lr", "5e-3,1e30", "--updates", 80)
-    monkeypatch.setattr(sys, "argv", words[1:])
+    monkeypatch.setattr(sys, "argv", words[2:])
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own
     compare.main()
     assert "2 runs, 1 finished before" in capsys.readouterr().out
@@ -351,8 +367,47 @@ def test_going_on_with_a_rate_that_diverges(first: Any, data: Path, monkeypatch:
     assert "| 1 of 2 " in (out / "table.md").read_text(encoding="utf-8")
 
 
+OWN_METHOD = """
+from fairseq.models import register_model_architecture
+from fairseq.models.transformer import transformer_legacy
+
+from admin_fairseq.architectures import METHODS
+
+METHODS["mine"] = ("transformer", {})
+register_model_architecture("transformer", "transformer_mine")(transformer_legacy.base_architecture)
+"""
+
+
+def test_own_methods_and_variants_beside_what_is_finished(first: Any, data: Path, tmp_path: Path):
+    """A method of a folder outside the package, and a default that a variant replaces."""
+    out = shutil.copytree(first[0], tmp_path / "out")
+    own = tmp_path / "my methods/own"
+    own.mkdir(parents=True)
+    (own / "__init__.py").write_text(OWN_METHOD, encoding="utf-8")
+    variant = "admin --admin-init sqrt --optimizer radam"
+    words = command(data, out, "--methods", f"admin,mine,{variant}", "--lr", "5e-3", "--updates", 80)
+    words[3:3] = ["--user-dir", str(own)]
+    finished = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "3 runs, 1 finished before" in finished.stdout
+    assert [(row["method"], row["bleu"] != "") for row in rows(out)] == [("admin", 1), ("mine", 1), (variant, 1)]
+    folder = out / "admin_--admin-init_sqrt_--optimizer_radam_1-1_lr0.005_w20_s1"
+    trained = (folder / "train.log").read_text(encoding="utf-8").splitlines()[0]
+    assert "--cpu --admin-init sqrt --optimizer radam --user-dir" in trained and "adam-betas" not in trained
+    (own / "__init__.py").write_text(OWN_METHOD + "# another version of it\n", encoding="utf-8")
+    later = runner(data, out, "--updates", "80")
+    later.args.user_dir = own
+    with pytest.raises(AdminError, match=r"mine_1-1_lr0\.005_w20_s1 was run with user-dir: "):
+        later.stored(compare.Run("mine", "1-1", 5e-3, 20, 1))
+
+
+def test_a_user_dir_that_is_not_there(tmp_path: Path):
+    with pytest.raises(AdminError, match="none is no folder; give the one whose __init__"):
+        compare.parse(["DATA", "--methods", "mine", "--user-dir", str(tmp_path / "none")])
+
+
 def runner(data: Path, out: Path, *arguments: str) -> compare.Runner:
-    args = compare.parse(command(data, out, "--methods", "admin", "--lr", "5e-3", *arguments)[2:])
+    args = compare.parse(command(data, out, "--methods", "admin", "--lr", "5e-3", *arguments)[3:])
     return compare.Runner(args, compare.Data(data, args.extra), (out / "lock").open("w"))
 
 
@@ -382,7 +437,7 @@ def test_unusable_folders_and_results(data: Path, tmp_path: Path, monkeypatch: A
         runner(data, tmp_path, "--updates", "9").stored(admin)
     file = tmp_path / "file"
     file.touch()
-    monkeypatch.setattr(sys, "argv", command(data, file, "--methods", "admin", "--updates", 9)[1:])
+    monkeypatch.setattr(sys, "argv", command(data, file, "--methods", "admin", "--updates", 9)[2:])
     with pytest.raises(AdminError, match=r"--out .*file cannot be made a folder \(File exists\)"):
         compare.main()
 
@@ -390,7 +445,7 @@ def test_unusable_folders_and_results(data: Path, tmp_path: Path, monkeypatch: A
 def test_a_misspelt_option_is_one_line(data: Path, tmp_path: Path):
     misspelt = runner(data, tmp_path, "--updates", "9")
     misspelt.args.extra = ["--dropuot", "0"]
-    with pytest.raises(compare.RunError) as error:
+    with pytest.raises(RunError) as error:
         misspelt.train(compare.Run("admin", "1-1", 5e-3, 20, 1))
     assert "exit code 2: fairseq-train: error: unrecognized arguments: --dropuot 0 (all" in str(error.value)
     assert not list(tmp_path.glob("*/result.json"))
@@ -398,13 +453,13 @@ def test_a_misspelt_option_is_one_line(data: Path, tmp_path: Path):
 
 def test_an_interruption_ends_the_runs(data: Path, tmp_path: Path, monkeypatch: Any):
     words = command(data, tmp_path, "--methods", "admin", "--lr", "5e-3", "--updates", 100000)
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         log = tmp_path / "admin_1-1_lr0.005_w20_s1/train.log"
         deadline = time.time() + 120
         while not (log.exists() and len(log.read_text().splitlines()) > 1):
             assert time.time() < deadline and process.poll() is None
             time.sleep(0.1)
-        monkeypatch.setattr(sys, "argv", words[1:])
+        monkeypatch.setattr(sys, "argv", words[2:])
         with pytest.raises(AdminError, match="is at work in"):
             compare.main()
         process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""benchmarks/speed.py, on models of two layers."""
+"""benchmarks.speed, on models of two layers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from helpers import needs_stock_translation
 pytest.importorskip("matplotlib", reason="matplotlib is not there: pip install '.[demo]'")
 
 from admin_fairseq import AdminError
-from benchmarks import speed
+from benchmarks import speed, worker
 
 SMALL = "--encoder-embed-dim 32 --encoder-ffn-embed-dim 64 --encoder-attention-heads 2 --decoder-attention-heads 2"
 TINY = ["--max-tokens", "150", "--vocabulary", "200", "--rounds", "2", "--threads", "1", "--", *SMALL.split()]
 
 
 def in_this_process(setting):
-    return speed.measure(setting)
+    return worker.answer(setting)
 
 
 @needs_stock_translation
@@ -75,7 +75,7 @@ def test_flops_are_those_of_the_matrix_products(build, batch):
     criterion = criterions.build_criterion(cfg.criterion, task)
     with counters.FlopCounterMode(display=False) as counter, kernels.sdpa_kernel(kernels.SDPBackend.MATH):
         criterion(model, sample)[0].backward()
-    counted = speed.counts(sample, SimpleNamespace(cfg=cfg, task=task))["flops"]
+    counted = worker.counts(sample, SimpleNamespace(cfg=cfg, task=task))["flops"]
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
@@ -175,8 +175,8 @@ def test_out_of_memory_is_an_answer(monkeypatch, message):
     def full(setting):
         raise RuntimeError(message)
 
-    monkeypatch.setattr(speed, "_measure", full)
-    assert speed.measure({"threads": 0}) == {"out of memory": True}
+    monkeypatch.setattr(worker, "compare_methods", full)
+    assert worker.answer({"threads": 0}) == {"out of memory": True}
 
 
 @pytest.mark.parametrize("joined", [True, False])
@@ -186,7 +186,7 @@ def test_embeddings_are_shared_where_the_dictionaries_are_one(tmp_path, joined):
         with (tmp_path / "dict.en.txt").open("a") as file:
             file.write("another 1\n")
     setting = {"depth": "1-1", "max_tokens": 150, "dtype": "fp32", "device": "cpu", "extra": SMALL.split()}
-    model = speed.make_trainer("postln", {**setting, "data": data, "folder": str(tmp_path)}).get_model()
+    model = worker.make_trainer("postln", {**setting, "data": data, "folder": str(tmp_path)}).get_model()
     assert (model.encoder.embed_tokens is model.decoder.embed_tokens) == joined
 
 

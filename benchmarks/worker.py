@@ -1,0 +1,224 @@
+"""What one process of benchmarks.speed measures: the models of one depth, taking turns.
+
+python -m benchmarks.worker SETTING      (JSON; the last line printed is the answer)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from argparse import Namespace
+from typing import Any, Dict, Iterable
+
+import numpy as np
+import torch
+from fairseq import options, tasks
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.trainer import Trainer
+
+import admin_fairseq
+from admin_fairseq.model import AdminModel, sub_layers
+from benchmarks.common import peak_memory
+
+TRAIN = """--optimizer adam --adam-betas (0.9,0.98) --lr-scheduler inverse_sqrt --lr 5e-4 --warmup-updates 4000
+--criterion label_smoothed_cross_entropy --label-smoothing 0.1 --dropout 0.1 --seed 1
+--required-batch-size-multiple 1 --num-workers 0 --distributed-world-size 1 --no-save --log-format none"""
+NO_ROOM = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+WARMUP = 2  # updates before the clock counts: the first ones allocate the optimizer's state
+Answer = Dict[str, Any]  # by method, seconds of every round and counts; {"out of memory": True} where they do not fit
+Setting = Dict[str, Any]  # what to measure
+
+
+class Clock:
+    """Seconds of forward pass, backward pass and the whole of ``Trainer.train_step``."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.marks = trainer, {}
+        self.cuda = trainer.cuda
+        trainer.criterion.register_forward_pre_hook(lambda *_: self.mark("forward"))
+        trainer.criterion.register_forward_hook(lambda *_: self.mark("forward"))
+        optimizer, backward = trainer.optimizer, trainer.optimizer.backward
+
+        def timed(loss: torch.Tensor) -> None:
+            self.mark("backward")
+            backward(loss)
+            self.mark("backward")
+
+        optimizer.backward = timed
+
+    def mark(self, name: str) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.marks.setdefault(name, []).append(time.perf_counter())
+
+    def step(self, sample: dict[str, Any]) -> dict[str, float]:
+        """Of one update; a step that fp16's loss scale skipped is none, and is made again with half of it."""
+        updates = self.trainer.get_num_updates()
+        while self.trainer.get_num_updates() == updates:
+            self.marks = {}
+            self.mark("step")
+            self.trainer.train_step([sample], raise_oom=True)
+            self.mark("step")
+        seconds = {name: end - start for name, (start, end) in self.marks.items()}
+        seconds["optimizer"] = seconds["step"] - seconds["forward"] - seconds["backward"]
+        return seconds
+
+
+def make_trainer(method: str, setting: Setting) -> Trainer:
+    encoder, decoder = setting["depth"].split("-")
+    argv = [
+        setting["data"],
+        "--arch",
+        f"transformer_{method}",
+        "--encoder-layers",
+        encoder,
+        "--decoder-layers",
+        decoder,
+    ]
+    argv += [*TRAIN.split(), "--max-tokens", str(setting["max_tokens"]), "--save-dir", setting["folder"]]
+    argv += {"fp32": [], "fp16": ["--fp16"], "bf16": ["--bf16"]}[setting["dtype"]]
+    argv += ["--cpu"] if setting["device"] == "cpu" else []
+    parser = options.get_training_parser()
+    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, [*argv, *setting["extra"]]))
+    task = tasks.setup_task(cfg.task)
+    cfg.model.share_all_embeddings = task.source_dictionary == task.target_dictionary
+    task.load_dataset("train")
+    torch.manual_seed(cfg.common.seed)
+    trainer = Trainer(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
+    trainer.optimizer  # noqa: B018  (builds it, after the pre-pass)
+    return trainer
+
+
+def answer(setting: Setting) -> Answer:
+    if setting["threads"]:
+        torch.set_num_threads(setting["threads"])
+    try:
+        return compare_methods(setting)
+    except RuntimeError as error:
+        if not any(reason in str(error) for reason in NO_ROOM):
+            raise
+        return {"out of memory": True}
+
+
+def compare_methods(setting: Setting) -> Answer:
+    trainers = {method: make_trainer(method, setting) for method in setting["methods"]}
+    clocks = {method: Clock(trainer) for method, trainer in trainers.items()}
+    first = next(iter(trainers.values()))
+    cuda = first.cuda
+    if cuda:  # which the trainer would do after every update
+        torch.cuda.reset_peak_memory_stats = lambda *_: None
+    batches = sample_batches(first, WARMUP + setting["rounds"])
+    rounds: dict[str, list[dict[str, float]]] = {method: [] for method in trainers}
+    for number, batch in enumerate(batches):
+        for method in in_turn(clocks, number):
+            seconds = clocks[method].step(batch)
+            if number >= WARMUP:
+                rounds[method].append({**seconds, **counts(batch, trainers[method])})
+    found: Answer = {"rounds": rounds, "parameters": {}, "prepass": {}, "generation": {}, "matmul": 0.0}
+    found["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_memory(os.getpid())
+    for method, trainer in trainers.items():
+        model = trainer.get_model()
+        found["parameters"][method] = sum(p.numel() for p in model.parameters())
+        if isinstance(model, AdminModel) and setting["prepass"]:
+            found["prepass"][method] = prepass(trainer, clocks[method], batches[0], setting["rounds"])
+    if setting["generate"]:
+        found["generation"] = generate(trainers, batches[0], setting)
+    if setting["matmul"]:
+        found["matmul"] = matmul_rate(next(first.get_model().parameters()))
+    return found
+
+
+def in_turn(methods: Iterable[str], number: int) -> list[str]:
+    """The methods in the order of a round: each is the first as often as the others."""
+    order = list(methods)
+    return order[number % len(order) :] + order[: number % len(order)]
+
+
+def sample_batches(trainer: Trainer, count: int) -> list[dict[str, Any]]:
+    """Batches of short, middling and long sentences in random order."""
+    dataset, chosen = trainer.task.dataset("train"), trainer.get_train_iterator(1, load_dataset=False).frozen_batches
+    places = np.linspace(0, max(0, len(chosen) - 2), count).astype(int)  # the last one may be small
+    np.random.RandomState(1).shuffle(places)
+    return [dataset.collater([dataset[i] for i in chosen[place]]) for place in places]
+
+
+def counts(batch: dict[str, Any], trainer: Trainer) -> dict[str, int]:
+    """Target tokens of a batch, and the FLOPs of an update on it."""
+    cfg, padding = trainer.cfg.model, trainer.task.target_dictionary.pad()
+    source, target = (batch["net_input"][side].ne(padding).sum(1) for side in ("src_tokens", "prev_output_tokens"))
+    d, vocabulary = cfg.decoder_embed_dim, len(trainer.task.target_dictionary)
+    encoder = cfg.encoder_layers * (4 * d * d + 2 * d * cfg.encoder_ffn_embed_dim)
+    decoder = cfg.decoder_layers * (6 * d * d + 2 * d * cfg.decoder_ffn_embed_dim) + d * vocabulary
+    products = source.sum() * (encoder + cfg.decoder_layers * 2 * d * d) + target.sum() * decoder
+    attention = 2 * d * (cfg.encoder_layers * source**2 + cfg.decoder_layers * (target**2 + source * target)).sum()
+    return {"tokens": int(target.sum()), "flops": 3 * 2 * int(products + attention)}
+
+
+def prepass(trainer: Trainer, clock: Clock, batch: dict[str, Any], rounds: int) -> list[float]:
+    """Pre-passes on a batch, each in units of a training forward pass beside it."""
+    model, ratios = trainer.get_model(), []
+    norms = [norm for stack in model.stacks().values() for norm in sub_layers(stack).values()]
+    before = [norm.omega.detach().clone() for norm in norms]
+    sample, _ = trainer._prepare_sample(batch)
+    for _ in range(rounds):
+        clock.marks = {}
+        model.train()
+        trainer.criterion(model, sample)
+        clock.mark("profile")
+        admin_fairseq.profile(model, [admin_fairseq.Sample(sample["net_input"], True, 1)])
+        clock.mark("profile")
+        (start, end), (begin, finish) = clock.marks["forward"], clock.marks["profile"]
+        ratios.append((finish - begin) / (end - start))
+    with torch.no_grad():
+        for norm, omega in zip(norms, before):
+            norm.omega.copy_(omega)
+    return ratios
+
+
+def generate(trainers: dict[str, Trainer], batch: dict[str, Any], setting: Setting) -> dict[str, list[float]]:
+    """Seconds of beam search, by method and round; as fairseq-generate, to a fixed length."""
+    search = Namespace(beam=setting["beam"], max_len_a=0, max_len_b=setting["length"], min_len=setting["length"])
+    generators = {}
+    seconds: dict[str, list[float]] = {method: [] for method in trainers}
+    for method, trainer in trainers.items():
+        trainer.zero_grad()
+        model = trainer.get_model()
+        model.eval()
+        model.prepare_for_inference_(trainer.cfg)
+        generators[method] = trainer.task.build_generator([model], search)
+    for number in range(1 + setting["rounds"]):
+        for method in in_turn(trainers, number):
+            trainer = trainers[method]
+            sample, _ = trainer._prepare_sample(batch)
+            if trainer.cuda:
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            trainer.task.inference_step(generators[method], [trainer.get_model()], sample)
+            if trainer.cuda:
+                torch.cuda.synchronize()
+            seconds[method].append(time.perf_counter() - started)
+    return {method: each[1:] for method, each in seconds.items()}
+
+
+def matmul_rate(like: torch.Tensor) -> float:
+    """FLOPs a second of the product of two large square matrices, the best of several."""
+    n = 8192 if like.is_cuda else 1024
+    a, b = (torch.randn(n, n, device=like.device).to(like.dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        if like.is_cuda:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        a @ b
+        if like.is_cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * n**3 / best
+
+
+if __name__ == "__main__":
+    logging.disable(logging.INFO)
+    print("\n" + json.dumps(answer(json.loads(sys.argv[1]))))
