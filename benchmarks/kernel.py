@@ -7,7 +7,7 @@ All run in turns, round after round, so that what else the machine does meets al
 1 GiB is timed first, then forward and backward each: the GPU's own time (the queue is filled before it starts, the
 inputs are no longer in its cache) and the time as called, gaps between launches included. The bytes counted are those
 that nothing can avoid: f, x, y forward; dy, f, x, df, dx backward. If the kernel is faster in every row, add the GPU's
-name to MEASURED_GPUS in admin_fairseq/fused.py.
+name to "sub-layer" in the table of admin_fairseq/fast/measured.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from admin_fairseq import AdminError, fused
+from admin_fairseq import AdminError
+from admin_fairseq.fast import norm as fast_norm
 from admin_fairseq.files import as_csv
 from benchmarks.common import command_line, write
 from benchmarks.tables import markdown
@@ -76,7 +77,7 @@ def time_on_gpu(args: argparse.Namespace) -> list[dict[str, object]]:
     reference, rows = copy_bandwidth(), []
     print(f"copy: {reference / 1e9:.0f} GB/s")
     x = torch.empty(1, 512, device="cuda", dtype=DTYPES[args.dtype])
-    kernel = fused.choose("all", x, x, x[0], x[0], args.dropout)
+    kernel = fast_norm.choose("all", x, x, x[0], x[0], args.dropout)
     if kernel is None:
         raise AdminError("the fused kernels cannot run here; the line above says why")
     ways = {"stock": stock, "eager": eager, "fused": kernel}
@@ -121,7 +122,7 @@ def time_on_gpu(args: argparse.Namespace) -> list[dict[str, object]]:
 
 def time_on_cpu(args: argparse.Namespace) -> list[dict[str, object]]:
     torch.set_num_threads(args.threads)
-    ways, rows = {"stock": stock, "eager": eager, "fused": fused.few_passes}, []
+    ways, rows = {"stock": stock, "eager": eager, "fused": fast_norm.few_passes}, []
     for width in args.widths:
         for tokens in args.tokens:
             tensors, dy = inputs(tokens, width, torch.float32, "cpu")

@@ -20,7 +20,8 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.trainer import Trainer
 
 import admin_fairseq
-from admin_fairseq.model import AdminModel, sub_layers
+from admin_fairseq.model import AdminModel
+from admin_fairseq.omega import sub_layers
 from benchmarks.common import peak_memory
 
 TRAIN = """--optimizer adam --adam-betas (0.9,0.98) --lr-scheduler inverse_sqrt --lr 5e-4 --warmup-updates 4000

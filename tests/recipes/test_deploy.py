@@ -206,8 +206,8 @@ def test_stops_once_all_are_answered(folder, server, tmp_path):
 
 @pytest.mark.slow
 def test_benchmark(folder):
-    command = [sys.executable, ROOT / "benchmarks/deploy.py", folder / "run", "--repeat", "1"]
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    command = [sys.executable, "-m", "benchmarks.deploy", folder / "run", "--repeat", "1"]
+    printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     rows = [re.split(r" *\| *", line)[1:-1] for line in printed if line.startswith("|")]
     assert [row[0] for row in rows[2:]] == ["fairseq-generate", "CTranslate2 float32", "CTranslate2 int8"]
     assert rows[3][1:5] == [*rows[2][1:4], "25 of 25"]
