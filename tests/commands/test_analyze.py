@@ -77,9 +77,9 @@ def test_a_checkpoint_is_measured_before_and_after(analyze, data, tmp_path):
         (["amplification", "--seeds", "0"], "--seeds must be at least 1"),
         (
             ["amplification", "--arch", "transformer_deepnorm", "--sub-layers", "6", *TINY[:4]],
-            "DeepNorm: its start dep",
+            "deepnorm: its start dep",
         ),
-        (["amplification", "--arch", "transformer_b2t", "--sub-layers", "6", *TINY[:4]], "B2T: its start depends"),
+        (["amplification", "--arch", "transformer_b2t", "--sub-layers", "6", *TINY[:4]], "b2t: its start depends"),
         (
             ["amplification", "--arch", "transformer_admin_logn", "--sub-layers", "6", *TINY[:4]],
             "--admin-init logn: its",
