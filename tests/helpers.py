@@ -21,6 +21,7 @@ from fairseq import options, tasks
 from fairseq.dataclass.configs import FairseqConfig, GenerationConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
+from fairseq_cli import preprocess as fairseq_preprocess
 from fairseq_cli import train as fairseq_train
 from torch import nn
 
@@ -110,6 +111,11 @@ def run_alone(tmp_path: Path, *arguments: str, **environment: str) -> None:
         command, cwd=ROOT / "tests/unit", env={**os.environ, **environment}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+
+
+def preprocess(*arguments: Any) -> None:
+    """fairseq-preprocess's main function."""
+    fairseq_preprocess.main(options.get_preprocessing_parser().parse_args([*map(str, arguments)]))
 
 
 def train(data: Path, save_dir: Path, *arguments: Any, arch: str = "transformer_admin", updates: int = 4) -> Result:

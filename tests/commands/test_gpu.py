@@ -1,4 +1,4 @@
-"""What only a GPU shows. Skipped without one; run ``pytest tests/test_gpu.py`` wherever there is one."""
+"""What only a GPU shows. Skipped without one; run ``pytest tests/commands/test_gpu.py`` wherever there is one."""
 
 from __future__ import annotations
 
