@@ -63,11 +63,19 @@ class Result:
     def __init__(self, code: int, output: str) -> None:
         self.code, self.output = code, output
 
-    def losses(self) -> dict[int, str]:
-        """The training loss by update, as printed."""
+    def updates(self) -> dict[int, dict[str, str]]:
+        """What the training log says of each update."""
         # | train_inner | {...} from fairseq-train, [train_inner][INFO] - {...} from fairseq-hydra-train
         rows = [json.loads(row) for row in re.findall(r"train_inner[] ].*?(\{.*\})", self.output)]
-        return {int(row["num_updates"]): row["loss"] + " " + row["gnorm"] for row in rows}
+        return {int(row["num_updates"]): row for row in rows}
+
+    def losses(self) -> dict[int, str]:
+        """Training loss and gradient norm by update, as printed."""
+        return {number: row["loss"] + " " + row["gnorm"] for number, row in self.updates().items()}
+
+    def words(self) -> list[int]:
+        """The target tokens of each update."""
+        return [int(row["wpb"]) for row in self.updates().values()]
 
     def lines(self, needle: str) -> list[str]:
         return [line for line in self.output.splitlines() if needle in line]
@@ -152,6 +160,10 @@ def built(argv: list[Any]) -> Any:
 
 def checkpoint(path: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu")
+
+
+def profile_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "admin_profile.json").read_text())
 
 
 def write_split(folder: Path, split: str, pairs: list[Any]) -> None:

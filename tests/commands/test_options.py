@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.models.transformer import TransformerConfig
-from helpers import DEFAULT_COMBINATION, ROOT, checkpoint, preprocess, train_here
+from helpers import DEFAULT_COMBINATION, ROOT, checkpoint, preprocess, profile_in, train_here
 
 from admin_fairseq.errors import explain
 
@@ -33,7 +32,7 @@ def aligned(data, tmp_path_factory):
 
 
 def assert_trained_from_the_profile(cfg, save_dir):
-    profile = json.loads((save_dir / "admin_profile.json").read_text())
+    profile = profile_in(save_dir)
     state = checkpoint(save_dir / "checkpoint_last.pt")
     weights = [state["model"], *([state["extra_state"]["ema"]] if cfg.ema.store_ema else [])]
     for stack in ("encoder", "decoder"):
