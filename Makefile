@@ -3,16 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # with a GPU; the pinned torch is for CPUs, so say which Python has one: make gpu-report PYTHON=...
 OUT ?= gpu-report
 
-.PHONY: help demo test test-slow gpu-report clean
+.PHONY: help demo lint test test-recipes test-all test-slow gpu-report clean
 
 help:
 	@echo "make demo       train an 18-18 Transformer as Post-LN, Pre-LN and Admin, compare and draw (about 10 minutes)"
-	@echo "make test       lint and tests (about 10 minutes)"
+	@echo "make test       lint, tests of the modules and of the commands (at most 6 minutes on two cores)"
+	@echo "make test-all   these, and then the tests of examples/ and benchmarks/ (at most 20 minutes)"
 	@echo "make test-slow  tests that take minutes each: 72 layers at full width"
 	@echo "make gpu-report PYTHON=python  speed on a GPU, with a Python that has torch for it; figures in OUT=gpu-report"
 	@echo "make clean      remove the environment and the demo's output"
@@ -20,15 +22,24 @@ help:
 demo: $(READY)
 	$(BIN)/python examples/demo/demo.py
 
-test: $(READY)
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/shellcheck examples/*/*.sh
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/pylint admin_fairseq benchmarks examples tests  # repeated lines
+
+test: lint
+	$(PYTEST) tests/unit tests/commands
+
+test-recipes: $(READY)
+	$(PYTEST) tests/recipes
+
+test-all: test
+	$(MAKE) test-recipes
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -n auto -m slow
+	$(PYTEST) -m slow
 
 gpu-report:
 	$(PYTHON) -m benchmarks.kernel --out $(OUT)/kernel

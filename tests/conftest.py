@@ -9,7 +9,7 @@ import grammar
 import pytest
 import torch.nn.functional as F
 from fairseq import utils
-from helpers import TINY, TRAIN, built, lm_command, run, write_split
+from helpers import TINY, TRAIN, built, lm_command, preprocess, write_split
 
 
 @pytest.fixture(scope="session")
@@ -20,11 +20,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_split(folder, "train", pairs[:400])
     write_split(folder, "valid", pairs[400:430])
     write_split(folder, "test", pairs[430:])
-    result = run(
-        *("fairseq-preprocess", "-s", "de", "-t", "en", "--joined-dictionary", "--destdir", folder / "bin"),
+    preprocess(
+        *("-s", "de", "-t", "en", "--joined-dictionary", "--destdir", folder / "bin"),
         *("--trainpref", folder / "train", "--validpref", folder / "valid", "--testpref", folder / "test"),
     )
-    assert result.code == 0, result.output
     return folder / "bin"
 
 
@@ -33,7 +32,7 @@ def text(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The corpus's English as language-model data."""
     folder = tmp_path_factory.mktemp("text")
     splits = [item for name in ("train", "valid", "test") for item in (f"--{name}pref", data.parent / f"{name}.en")]
-    assert run("fairseq-preprocess", "--only-source", *splits, "--destdir", folder).code == 0
+    preprocess("--only-source", *splits, "--destdir", folder)
     return folder
 
 

@@ -1,8 +1,8 @@
 """fairseq's console commands in processes forked from one that has imported fairseq: seconds less each.
 
 What runs is the command's own entry point in a process of its own, with the arguments, environment and working
-directory it would have; user dirs and this plugin are imported anew. tests/test_recipes.py, test_demo.py and
-test_errors.py start the commands from a shell instead.
+directory it would have; user dirs and this plugin are imported anew. The tests in recipes/ start the commands from a
+shell instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ ENTRY = {
 }
 
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["fairseq", "fairseq.trainer", "fairseq.checkpoint_utils", "fairseq.sequence_generator"])
+_forks.set_forkserver_preload(
+    [
+        *("fairseq", "fairseq.trainer", "fairseq.checkpoint_utils", "fairseq.sequence_generator"),
+        "torch._dynamo",  # which every first optimizer imports: half of a tiny training's time
+    ]
+)
 
 
 def run_forked(command: str, arguments: list[str], cwd: Path, environment: dict[str, str], out: Path) -> int:

@@ -21,6 +21,7 @@ from fairseq import options, tasks
 from fairseq.dataclass.configs import FairseqConfig, GenerationConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
+from fairseq_cli import preprocess as fairseq_preprocess
 from fairseq_cli import train as fairseq_train
 from torch import nn
 
@@ -62,11 +63,19 @@ class Result:
     def __init__(self, code: int, output: str) -> None:
         self.code, self.output = code, output
 
-    def losses(self) -> dict[int, str]:
-        """The training loss by update, as printed."""
+    def updates(self) -> dict[int, dict[str, str]]:
+        """What the training log says of each update."""
         # | train_inner | {...} from fairseq-train, [train_inner][INFO] - {...} from fairseq-hydra-train
         rows = [json.loads(row) for row in re.findall(r"train_inner[] ].*?(\{.*\})", self.output)]
-        return {int(row["num_updates"]): row["loss"] + " " + row["gnorm"] for row in rows}
+        return {int(row["num_updates"]): row for row in rows}
+
+    def losses(self) -> dict[int, str]:
+        """Training loss and gradient norm by update, as printed."""
+        return {number: row["loss"] + " " + row["gnorm"] for number, row in self.updates().items()}
+
+    def words(self) -> list[int]:
+        """The target tokens of each update."""
+        return [int(row["wpb"]) for row in self.updates().values()]
 
     def lines(self, needle: str) -> list[str]:
         return [line for line in self.output.splitlines() if needle in line]
@@ -112,6 +121,11 @@ def run_alone(tmp_path: Path, *arguments: str, **environment: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
 
 
+def preprocess(*arguments: Any) -> None:
+    """fairseq-preprocess's main function."""
+    fairseq_preprocess.main(options.get_preprocessing_parser().parse_args([*map(str, arguments)]))
+
+
 def train(data: Path, save_dir: Path, *arguments: Any, arch: str = "transformer_admin", updates: int = 4) -> Result:
     """``fairseq-train`` on a tiny model; later arguments win."""
     return run(
@@ -146,6 +160,10 @@ def built(argv: list[Any]) -> Any:
 
 def checkpoint(path: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu")
+
+
+def profile_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "admin_profile.json").read_text())
 
 
 def write_split(folder: Path, split: str, pairs: list[Any]) -> None:

@@ -90,7 +90,7 @@ def test(row: Row, work: Path, arguments: list[str]) -> str:
         except subprocess.CalledProcessError as error:
             return f"not installed: {' '.join(error.cmd[1:5])} failed, see {log}"
     command = [str(folder / "bin" / "python"), "-m", "pytest", "-n", "auto", "-p", "no:cacheprovider"]
-    command += [*(f"--ignore=tests/{name}.py" for name in RECIPE_TESTS), *arguments]
+    command += [*(f"--ignore=tests/recipes/{name}.py" for name in RECIPE_TESTS), *arguments]
     with log.open("a") as out:
         out.write(f"\n{' '.join(command)}\n")
         out.flush()

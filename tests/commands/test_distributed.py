@@ -13,12 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, assert_same_checkpoint, generate, hypotheses, run, train
+from helpers import ROOT, assert_same_checkpoint, generate, hypotheses, profile_in, run, train
 from two_workers import Group
-
-
-def profile(folder: Path) -> dict:
-    return json.loads((folder / "admin_profile.json").read_text())
 
 
 def assert_same_omega(first: dict, second: dict) -> None:
@@ -27,12 +23,20 @@ def assert_same_omega(first: dict, second: dict) -> None:
         assert first[stack] == pytest.approx(second[stack], rel=1e-6)
 
 
+@pytest.fixture(scope="module")
+def one_worker(data, tmp_path_factory):
+    """The profile of one worker's first two batches: dropout masks included."""
+    folder = tmp_path_factory.mktemp("one")
+    one = train(data, folder, "--admin-profile-batches", "2", "--dropout", "0.3", updates=1)
+    assert one.code == 0, one.output
+    return profile_in(folder)
+
+
 @pytest.mark.parametrize(
     ("launcher", "backend"),
     [("separate", "legacy_ddp"), ("separate", "pytorch_ddp"), ("torchrun", "no_c10d"), ("spawn", "c10d")],
 )
-def test_two_workers_profile_as_one(data, tmp_path, launcher, backend):
-    """Two workers' first batches, or one worker's first two: dropout masks included."""
+def test_two_workers_profile_as_one(data, one_worker, tmp_path, launcher, backend):
     options = ["--ddp-backend", backend, "--dropout", "0.3", "--max-update", "2"]
     with Group(launcher, data, tmp_path / "two", *options) as group:
         log = group.finish()
@@ -44,11 +48,9 @@ def test_two_workers_profile_as_one(data, tmp_path, launcher, backend):
     if launcher == "separate":
         assert not list(tmp_path.glob("two/1/*"))
 
-    one = train(data, tmp_path / "one", "--admin-profile-batches", "2", "--dropout", "0.3", updates=1)
-    assert one.code == 0, one.output
-    two = profile(tmp_path / "two" / "0")
+    two = profile_in(tmp_path / "two" / "0")
     assert two["settings"]["world_size"] == 2
-    assert_same_omega(two, profile(tmp_path / "one"))
+    assert_same_omega(two, one_worker)
     measured = [value for stack in ("encoder", "decoder") for value in two[stack]]
     applied = [omega.mean().item() for omega in omegas[0].values()]
     assert applied == pytest.approx(measured, rel=1e-6)
@@ -63,7 +65,7 @@ def test_worker_with_an_empty_shard(data, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
     one = train(data, tmp_path / "one", "--max-tokens", "100000", updates=1)
     assert one.code == 0, one.output
-    assert_same_omega(profile(tmp_path / "two" / "0"), profile(tmp_path / "one"))
+    assert_same_omega(profile_in(tmp_path / "two" / "0"), profile_in(tmp_path / "one"))
 
 
 def test_a_given_profile_is_the_first_workers(data, tmp_path):
@@ -139,7 +141,7 @@ def test_12_12_on_real_text(multi30k, tmp_path):
     one = train(multi30k, tmp_path / "one", *options, "--admin-profile-batches", "2", updates=1)
     assert one.code == 0, one.output
     folder = tmp_path / "two" / "0"
-    profiles = [profile(folder), profile(tmp_path / "one")]
+    profiles = [profile_in(folder), profile_in(tmp_path / "one")]
     assert profiles[0]["tokens"] == profiles[1]["tokens"]
     for stack in ("encoder", "decoder"):
         assert profiles[0][stack] == pytest.approx(profiles[1][stack], rel=1e-5)

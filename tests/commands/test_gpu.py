@@ -1,4 +1,4 @@
-"""What only a GPU shows. Skipped without one; run ``pytest tests/test_gpu.py`` wherever there is one."""
+"""What only a GPU shows. Skipped without one; run ``pytest tests/commands/test_gpu.py`` wherever there is one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, TRAIN, checkpoint, run, run_alone
+from helpers import TINY, TRAIN, checkpoint, profile_in, run, run_alone
 from two_workers import Group
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -28,7 +28,7 @@ def means(path):
 
 
 def profiled(folder):
-    profile = json.loads((folder / "admin_profile.json").read_text())
+    profile = profile_in(folder)
     return profile, profile["encoder"] + profile["decoder"]
 
 

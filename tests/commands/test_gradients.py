@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from helpers import TINY, TRAIN, checkpoint, train_here
+from helpers import TINY, TRAIN, checkpoint, profile_in, train_here
 
 from admin_fairseq import AdminError, sub_layers
 from admin_fairseq.analysis import gradients
@@ -145,7 +145,7 @@ def test_omega_through_a_run(data, tmp_path, capsys):
     main(["analyze", "omega", "--out", str(tmp_path / "a"), "--path", str(tmp_path / "run")])
     records = json.loads((tmp_path / "a/omega.json").read_text())["records"]
     assert [record["update"] for record in records] == [0, 1, 2]
-    profile = json.loads((tmp_path / "run/admin_profile.json").read_text())
+    profile = profile_in(tmp_path / "run")
     assert records[0]["encoder"]["mean"] == profile["encoder"]
     weights = checkpoint(tmp_path / "run/checkpoint_last.pt")["model"]
     last = weights["decoder.layers.1.final_layer_norm.omega"]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from helpers import ROOT, checkpoint, generate, hypotheses, run, train
+from helpers import ROOT, checkpoint, generate, hypotheses, profile_in, run, train
 
 TINY = [
     *("model.encoder_embed_dim=32", "model.encoder_ffn_embed_dim=64"),
@@ -40,7 +38,7 @@ def test_trains_as_fairseq_train(trained, data, tmp_path):
     assert by_flags.code == 0, by_flags.output
     assert by_hydra.losses() == by_flags.losses()
     assert len(by_hydra.losses()) == 3
-    profiles = [json.loads((path / "admin_profile.json").read_text()) for path in (folder, tmp_path)]
+    profiles = [profile_in(path) for path in (folder, tmp_path)]
     assert profiles[0] == profiles[1]
 
 
@@ -68,7 +66,7 @@ def test_translates(trained, data):
 def test_layers_asked_are_layers_built(data, tmp_path, overrides, encoder, decoder):
     result = hydra_train(data, tmp_path, *overrides, updates=1)
     assert result.code == 0, result.output
-    profile = json.loads((tmp_path / "checkpoints/admin_profile.json").read_text())
+    profile = profile_in(tmp_path / "checkpoints")
     assert (len(profile["encoder"]), len(profile["decoder"])) == (2 * encoder, 3 * decoder)
     layers = {
         name.split(".")[2]
@@ -81,7 +79,7 @@ def test_layers_asked_are_layers_built(data, tmp_path, overrides, encoder, decod
 def test_bf16(data, tmp_path):
     result = hydra_train(data, tmp_path, *LAYERS, "common.bf16=true", updates=1)
     assert result.code == 0, result.output
-    profile = json.loads((tmp_path / "checkpoints/admin_profile.json").read_text())
+    profile = profile_in(tmp_path / "checkpoints")
     assert profile["settings"]["dtype"] == "bfloat16"
 
 

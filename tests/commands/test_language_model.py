@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import re
-
 import pytest
 import torch
-from helpers import checkpoint, lm_command, run
+from helpers import checkpoint, lm_command, profile_in, run
 
 from admin_fairseq import AdminError, Sample, profile, sub_layers
 from admin_fairseq.omega import CLOSED_FORMS
@@ -25,9 +22,8 @@ def test_profiles_by_itself(trained):
     folder, result = trained
     (line,) = result.lines("Admin: profiled")
     assert "profiled 24 decoder sub-layers on" in line
-    found = json.loads((folder / "admin_profile.json").read_text())
-    first = json.loads(re.search(r"train_inner \| (\{.*\})", result.output)[1])
-    assert found["tokens"] == {"decoder": int(first["wpb"])}
+    found = profile_in(folder)
+    assert found["tokens"] == {"decoder": result.words()[0]}
     assert found["encoder"] == []
     omegas = [w for name, w in checkpoint(folder / "checkpoint_last.pt")["model"].items() if name.endswith(".omega")]
     assert [omega.mean().item() for omega in omegas] == pytest.approx(found["decoder"], abs=0.01)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.models.transformer import TransformerConfig
-from helpers import DEFAULT_COMBINATION, ROOT, checkpoint, run, train_here
+from helpers import DEFAULT_COMBINATION, ROOT, checkpoint, preprocess, profile_in, train_here
 
 from admin_fairseq.errors import explain
 
@@ -19,29 +18,21 @@ TABLE = re.findall(r"^\| `(--[^|`]+)` \| (works|refused|fairseq|GPU) \|", PAGE, 
 
 
 @pytest.fixture(scope="session")
-def corpora(data, tmp_path_factory):
-    """The corpus as translation data with alignments and separate dictionaries, and its English as running text."""
-    folder = tmp_path_factory.mktemp("corpora")
+def aligned(data, tmp_path_factory):
+    """The corpus with alignments and separate dictionaries."""
+    folder = tmp_path_factory.mktemp("aligned")
     for name in ("train", "valid"):
         for language in ("de", "en"):
             (folder / f"{name}.{language}").symlink_to(data.parent / f"{name}.{language}")
         count = len((folder / f"{name}.de").read_text(encoding="utf-8").splitlines())
         (folder / f"{name}.align").write_text("0-0 1-1\n" * count)
-    pairs = ("-s", "de", "-t", "en", "--trainpref", folder / "train", "--validpref", folder / "valid")
-    text = ("--only-source", "--trainpref", folder / "train.en", "--validpref", folder / "valid.en")
-    assert run("fairseq-preprocess", *pairs, "--align-suffix", "align", "--destdir", folder / "pairs").code == 0
-    assert run("fairseq-preprocess", *text, "--destdir", folder / "text").code == 0
-    return folder
-
-
-def data_for(flags, data, corpora):
-    if "denoising" in flags or "language_modeling" in flags:
-        return corpora / "text"
-    return corpora / "pairs" if "alignments" in flags else data
+    splits = ("--trainpref", folder / "train", "--validpref", folder / "valid")
+    preprocess("-s", "de", "-t", "en", *splits, "--align-suffix", "align", "--destdir", folder / "bin")
+    return folder / "bin"
 
 
 def assert_trained_from_the_profile(cfg, save_dir):
-    profile = json.loads((save_dir / "admin_profile.json").read_text())
+    profile = profile_in(save_dir)
     state = checkpoint(save_dir / "checkpoint_last.pt")
     weights = [state["model"], *([state["extra_state"]["ema"]] if cfg.ema.store_ema else [])]
     for stack in ("encoder", "decoder"):
@@ -62,7 +53,7 @@ def test_every_row_is_tested():
 
 
 @pytest.mark.parametrize(("flags", "outcome"), TABLE, ids=[flags for flags, _ in TABLE])
-def test_row(data, corpora, tmp_path, flags, outcome):
+def test_row(data, aligned, text, tmp_path, flags, outcome):
     criterion = re.search(r"--criterion (\w+)", flags)
     if criterion and criterion[1] not in CRITERION_REGISTRY:
         pytest.skip(f"this fairseq has no criterion {criterion[1]}")
@@ -71,7 +62,9 @@ def test_row(data, corpora, tmp_path, flags, outcome):
     if outcome == "GPU" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     arch = "transformer_lm_admin" if "language_modeling" in flags else "transformer_admin"
-    folder = data_for(flags, data, corpora)
+    folder = aligned if "alignments" in flags else data
+    if "denoising" in flags or "language_modeling" in flags:
+        folder = text
     if outcome in ("works", "GPU"):
         try:
             cfg = train_here(arch, folder, tmp_path, flags, on_gpu=outcome == "GPU")
@@ -94,8 +87,8 @@ def test_row(data, corpora, tmp_path, flags, outcome):
         assert str(stock.value) == str(ours.value)
 
 
-def test_separate_dictionaries(corpora, tmp_path):
-    cfg = train_here("transformer_admin", corpora / "pairs", tmp_path, "")
+def test_separate_dictionaries(aligned, tmp_path):
+    cfg = train_here("transformer_admin", aligned, tmp_path, "")
     assert_trained_from_the_profile(cfg, tmp_path)
     state = checkpoint(tmp_path / "checkpoint_last.pt")["model"]
     assert state["encoder.embed_tokens.weight"].shape != state["decoder.embed_tokens.weight"].shape

@@ -16,6 +16,7 @@ from helpers import (
     hypotheses,
     needs_stock_translation,
     omegas,
+    profile_in,
     run,
     train,
 )
@@ -34,20 +35,19 @@ def test_profiles_by_itself(trained):
     folder, result = trained
     (line,) = result.lines("Admin: profiled")
     assert "6 encoder and 6 decoder sub-layers" in line
-    profile = json.loads((folder / "admin_profile.json").read_text())
+    profile = profile_in(folder)
     assert [len(profile[stack]) for stack in ("encoder", "decoder")] == [6, 6]
     assert profile["encoder"][0] == profile["decoder"][0] == 1
     assert profile["encoder"] == sorted(profile["encoder"])
     # measured on the first training batch: its target tokens are the first update's words per batch
-    first = json.loads(result.lines("train_inner")[0].split("| train_inner | ")[1])
-    assert profile["tokens"]["decoder"] == int(first["wpb"])
+    assert profile["tokens"]["decoder"] == result.words()[0]
     assert not list(folder.glob("*.tmp"))
 
 
 def test_omega_survives_the_first_updates_and_trains(trained):
     """What the pre-pass set is where training starts from, and it is trained from there."""
     folder, _ = trained
-    profile = json.loads((folder / "admin_profile.json").read_text())
+    profile = profile_in(folder)
     for stack in ("encoder", "decoder"):
         trained_omegas = [w for name, w in omegas(folder / "checkpoint_last.pt").items() if name.startswith(stack)]
         for start, omega in zip(profile[stack], trained_omegas):
@@ -81,13 +81,8 @@ def test_resume_is_bit_identical_and_does_not_profile(trained, data, tmp_path):
 def test_several_profile_batches(data, tmp_path):
     result = train(data, tmp_path, "--admin-profile-batches", "3", updates=3)
     assert result.code == 0, result.output
-    words = [int(json.loads(line.split("| train_inner | ")[1])["wpb"]) for line in result.lines("train_inner")]
-    profile = json.loads((tmp_path / "admin_profile.json").read_text())
-    assert (profile["batches"], profile["tokens"]["decoder"]) == (3, sum(words))
-
-
-def first_batch_tokens(result):
-    return int(json.loads(result.lines("train_inner")[0].split("| train_inner | ")[1])["wpb"])
+    profile = profile_in(tmp_path)
+    assert (profile["batches"], profile["tokens"]["decoder"]) == (3, sum(result.words()))
 
 
 def test_curriculum_is_profiled_on_the_batch_it_starts_with(trained, data, tmp_path):
@@ -95,8 +90,8 @@ def test_curriculum_is_profiled_on_the_batch_it_starts_with(trained, data, tmp_p
     _, shuffled = trained
     ordered = train(data, tmp_path, "--curriculum", "1", updates=1)
     assert ordered.code == 0, ordered.output
-    profile = json.loads((tmp_path / "admin_profile.json").read_text())
-    assert profile["tokens"]["decoder"] == first_batch_tokens(ordered) != first_batch_tokens(shuffled)
+    profile = profile_in(tmp_path)
+    assert profile["tokens"]["decoder"] == ordered.words()[0] != shuffled.words()[0]
 
 
 def test_stopping_after_an_epoch_changes_nothing_with_fresh_batches(data, tmp_path):
