@@ -153,6 +153,7 @@ def configured(argv: tuple[str, ...]) -> Any:
 def built(argv: list[Any]) -> Any:
     """(model, task, cfg), built exactly as fairseq-train builds it."""
     cfg = copy.deepcopy(configured(tuple(map(str, argv))))
+    cfg.model = copy.deepcopy(cfg.model)  # a Namespace, which OmegaConf does not copy
     task = tasks.setup_task(cfg.task)
     torch.manual_seed(cfg.common.seed)
     return task.build_model(cfg.model), task, cfg
