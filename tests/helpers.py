@@ -48,6 +48,7 @@ TINY = [
     *("--encoder-attention-heads", "2", "--decoder-attention-heads", "2"),
     *("--encoder-layers", "3", "--decoder-layers", "2"),
 ]
+NO_LOADER = ["--num-workers", "0"]  # a process that loads the data takes longer to end than a tiny model to translate
 WIDTHS = [*TINY[:8], "--max-tokens", "600", "--cpu"]  # for benchmarks that set depth and schedule themselves
 TRAIN = [
     *("--optimizer", "adam", "--lr", "2e-3", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "20"),
@@ -176,7 +177,7 @@ def generate(data, path, *arguments, cwd=ROOT):
     return run(
         *("fairseq-generate", data, "--path", path, "--cpu", "--beam", "3", "--max-len-b", "20"),
         # newer fairseq drops the last batch, in generation too, unless its size is a multiple of this (default 8)
-        *("--max-tokens", "800", "--required-batch-size-multiple", "1", *arguments),
+        *("--max-tokens", "800", "--required-batch-size-multiple", "1", *NO_LOADER, *arguments),
         cwd=cwd,
     )
 

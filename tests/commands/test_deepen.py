@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import checkpoint, run, train
+from helpers import NO_LOADER, checkpoint, run, train
 
 from admin_fairseq import AdminError, sub_layers
 from admin_fairseq.checkpoints.deepen import deepen
@@ -98,7 +98,7 @@ def test_deepens_trains_and_translates(trained, data, tmp_path):
         assert moved == set(names) - {f"{stack}.layers.0.{first}_layer_norm.omega"}
     result = run(
         *("fairseq-generate", data, "--path", out, "--cpu", "--beam", "2", "-s", "de", "-t", "en"),
-        *("--max-len-b", "5", "--required-batch-size-multiple", "1"),
+        *("--max-len-b", "5", "--required-batch-size-multiple", "1", *NO_LOADER),
     )
     assert len(result.lines("H-")) == 30, result.output
 

@@ -7,7 +7,7 @@ import pytest
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli import generate as fairseq_generate
-from helpers import checkpoint, needs_stock_translation, train_here
+from helpers import NO_LOADER, checkpoint, needs_stock_translation, train_here
 
 from admin_fairseq.architectures import METHODS
 
@@ -25,7 +25,7 @@ def test_trains_resumes_and_generates(method, data, tmp_path, caplog, capsys):
     assert checkpoint(tmp_path / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 4
 
     path = ["--path", str(tmp_path / "checkpoint_last.pt"), "--cpu", "--beam", "2", "--max-len-b", "5"]
-    argv = [str(data), *path, "-s", "de", "-t", "en", "--required-batch-size-multiple", "1"]
+    argv = [str(data), *path, "-s", "de", "-t", "en", "--required-batch-size-multiple", "1", *NO_LOADER]
     parser = options.get_generation_parser()
     fairseq_generate.main(convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, argv)))
     assert len(re.findall(r"^H-\d+\t", capsys.readouterr().out, re.M)) == 30

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import checkpoint, lm_command, profile_in, run
+from helpers import NO_LOADER, checkpoint, lm_command, profile_in, run
 
 from admin_fairseq import AdminError, Sample, profile, sub_layers
 from admin_fairseq.omega import CLOSED_FORMS
@@ -42,7 +42,7 @@ def test_evaluates(trained, text):
     folder, _ = trained
     result = run(
         *("fairseq-eval-lm", text, "--path", folder / "checkpoint_last.pt", "--cpu", "--tokens-per-sample", "32"),
-        *("--required-batch-size-multiple", "1"),
+        *("--required-batch-size-multiple", "1", *NO_LOADER),
     )
     assert result.code == 0, result.output
     (line,) = result.lines("Perplexity")

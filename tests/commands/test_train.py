@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    NO_LOADER,
     TRAIN,
     assert_refused,
     assert_same_checkpoint,
@@ -188,7 +189,7 @@ def test_validate(trained, data):
     folder, training = trained
     result = run(
         *("fairseq-validate", data, "--task", "translation", "--path", folder / "checkpoint_last.pt", "--cpu"),
-        *("--max-tokens", "600", "--required-batch-size-multiple", "1", "--log-format", "json"),
+        *("--max-tokens", "600", "--required-batch-size-multiple", "1", "--log-format", "json", *NO_LOADER),
     )
     assert result.code == 0, result.output
     logged = [re.search(r'valid_loss": "?([\d.]+)', r.lines("valid_loss")[-1])[1] for r in (training, result)]
