@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -146,15 +146,18 @@ def lm_command(text: Path, save_dir: Path | str, arch: str, *arguments: Any) -> 
 
 
 @functools.lru_cache(maxsize=None)
-def configured(argv: tuple[str, ...]) -> Any:
-    """fairseq-train's configuration. Hydra takes many times as long over it as a tiny model takes to be built."""
-    return convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), list(argv)))
+def configured(argv: tuple[str, ...]) -> bytes:
+    """fairseq-train's configuration, pickled, since a copy by OmegaConf would share the model's options.
+
+    Hydra takes many times as long over it as a tiny model takes to be built.
+    """
+    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), list(argv)))
+    return pickle.dumps(cfg)
 
 
 def built(argv: list[Any]) -> Any:
     """(model, task, cfg), built exactly as fairseq-train builds it."""
-    cfg = copy.deepcopy(configured(tuple(map(str, argv))))
-    cfg.model = copy.deepcopy(cfg.model)  # a Namespace, which OmegaConf does not copy
+    cfg = pickle.loads(configured(tuple(map(str, argv))))
     task = tasks.setup_task(cfg.task)
     torch.manual_seed(cfg.common.seed)
     return task.build_model(cfg.model), task, cfg
