@@ -121,9 +121,3 @@ def _base_lm(args: Namespace) -> None:
         is_interpolation = str(field.default).startswith("${")  # of another section: task, common
         if not hasattr(args, field.name) and not is_interpolation:
             setattr(args, field.name, field.default)
-
-
-# fairseq's own models
-for _method, _is_pre_ln in (("postln", False), ("preln", True)):
-    _normalize = {"encoder_normalize_before": _is_pre_ln, "decoder_normalize_before": _is_pre_ln}
-    register_family(_method, "transformer", "transformer_lm", **_normalize)

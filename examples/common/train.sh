@@ -2,8 +2,7 @@
 # shellcheck shell=bash
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-KNOWN="admin, logn, postln, preln, deepnorm, rezero, rezero_postln, looklinear, b2t, residual"
-setting METHOD admin "how layers are joined: $KNOWN"
+setting METHOD admin "how layers are joined: admin, admin_logn, preln, or another of docs/architectures.md"
 setting DEPTH 6 "layers: N in both stacks, E-D, 72 (60-12) or 200 (100-100)"
 setting SEED 1111 "random seed"
 setting DATA "data/$RECIPE" "the data-bin that prepare.sh made"
@@ -40,15 +39,14 @@ architecture() {
         *-*) encoder=${DEPTH%-*} decoder=${DEPTH#*-} ;;
     esac
     [[ $encoder =~ ^[1-9][0-9]*$ && $decoder =~ ^[1-9][0-9]*$ ]] || die "DEPTH=$DEPTH: give a number of layers, or E-D"
-    [[ " ${KNOWN//,/} " == *" $METHOD "* ]] || die "METHOD=$METHOD: choose one of $KNOWN"
-    COMMAND+=(--arch "transformer_${METHOD/logn/admin_logn}$name"
+    COMMAND+=(--arch "transformer_$METHOD$name"
         --encoder-layers "$encoder" --decoder-layers "$decoder")
 }
 
 # the global batch BATCH in tokens, as updates of FREQUENCY batches of TOKENS on each of the workers
 share_batch() {
     local workers
-    if [ "$GPUS" = auto ]; then GPUS=$(python -c "import torch; print(torch.cuda.device_count())"); fi
+    if [ "$GPUS" = auto ]; then GPUS=$FOUND; fi
     whole 0 GPUS
     [ "$NODES" = 1 ] || [ "$GPUS" != 0 ] || die "NODES=$NODES needs GPUs"
     workers=$((GPUS > 0 ? GPUS * NODES : 1))
@@ -102,6 +100,7 @@ train() {
     [ "$NODE_RANK" -lt "$NODES" ] || die "NODE_RANK=$NODE_RANK: machines are numbered from 0 to NODES - 1"
     [[ $MASTER =~ ^[^:]+:[0-9]+$ ]] || die "MASTER=$MASTER: give host:port"
     need_data
+    FOUND=$(PYTHONPATH=$REPOSITORY python "$COMMON/methods.py" "$METHOD") || exit 1  # GPUs
     COMMAND=("$(command -v fairseq-train)" "$DATA" --user-dir "$REPOSITORY/admin_fairseq"
         --source-lang "$SOURCE" --target-lang "$TARGET" --share-all-embeddings)
     architecture "$arch"

@@ -9,7 +9,8 @@ from typing import Any
 
 import matplotlib
 import torch
-from admin_fairseq.checkpoint import load
+
+from admin_fairseq.checkpoints.files import load
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
