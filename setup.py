@@ -2,6 +2,7 @@ import re
 import sys
 import sysconfig
 
+from setuptools import __version__ as setuptools_version
 from setuptools import setup
 
 if sys.version_info < (3, 8):  # noqa: UP036  (pip comes here before it looks at requires-python)
@@ -17,5 +18,8 @@ if sys.version_info >= (3, 11):
                 f"fairseq {installed.version} does not work on Python 3.11 and newer:"
                 " pip uninstall fairseq, pip install fairseq-fixed==0.12.3.1, then install admin_fairseq again"
             )
+
+if int(setuptools_version.split(".")[0]) < 61:  # it would install an empty package called UNKNOWN, and say so to nobody
+    sys.exit("admin_fairseq needs setuptools 61 or newer: pip install -U setuptools, or drop --no-build-isolation")
 
 setup()  # everything else is in pyproject.toml

@@ -20,6 +20,7 @@ from fairseq.models.transformer import transformer_legacy as transformer
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
 
 from admin_fairseq.config import as_namespace, refuse_unknown
+from admin_fairseq.errors import AdminError
 from admin_fairseq.rules import Rule, RuledModel
 
 Defaults = Callable[[Any], None]
@@ -54,16 +55,26 @@ class RuledLanguageModel(RuledModel):
 
 
 def register_method(name: str) -> Callable[[type[Rule]], type[Rule]]:
-    """A decorator that makes architectures of a :class:`~admin_fairseq.rules.Rule`: translation and language models."""
+    """A decorator that makes architectures of a :class:`~admin_fairseq.rules.Rule`: translation and language models.
+
+    Raises:
+        AdminError: it is used without a name, the name is taken, or the class is not derived from Rule.
+    """
+    if not isinstance(name, str):
+        raise AdminError('@register_method needs a name: write @register_method("name")')
+    if name in METHODS:
+        raise AdminError(f'@register_method("{name}"): there is such a method already; choose another name')
 
     def register(rule: type[Rule]) -> type[Rule]:
+        if not (isinstance(rule, type) and issubclass(rule, Rule)):
+            raise AdminError(f'@register_method("{name}"): {rule.__name__} must be a class derived from Rule')
         bases = {"transformer": (RuledModel, TransformerModel)}
         bases["transformer_lm"] = (RuledLanguageModel, TransformerLanguageModel)
         for kind, classes in bases.items():
             body = {"rule": rule, "method": name, "__module__": rule.__module__, "__doc__": rule.__doc__}
-            model = type(f"{rule.__name__}{classes[1].__name__}", classes, body)
+            model = type(f"{kind}_{name}", classes, body)
             setattr(sys.modules[rule.__module__], model.__name__, model)  # pickle finds a class by its name
-            register_model(f"{kind}_{name}")(model)
+            register_model(model.__name__)(model)
         register_family(name, f"transformer_{name}", f"transformer_lm_{name}")
         return rule
 
@@ -94,11 +105,11 @@ def _register(model_name: str, name: str, base: Defaults, **defaults: Any) -> No
         own = getattr(MODEL_REGISTRY[model_name], "own_options", None)  # None: fairseq's model itself
         options = as_namespace(args)
         if options is not args and own is not None:
+            for key in [key for key, value in vars(options).items() if value is None]:  # null: as the architecture says
+                delattr(options, key)
             stock = Namespace()
             base(stock)
             refuse_unknown(options, model_name, vars(stock))
-            for key in [key for key, value in vars(options).items() if value is None]:  # null: as the architecture says
-                delattr(options, key)
         # base_layers: fairseq 0.12.2 looks for it in hydra's config
         for key, value in {"base_layers": 0, **(own or {}), **defaults}.items():
             setattr(options, key, getattr(options, key, value))

@@ -59,7 +59,7 @@ def _explain_fairseq(error: BaseException) -> str | None:
     if text.endswith("requires a FairseqMultiModel architecture"):
         return f"{text}, which Admin has not; train one model for all pairs with --task translation_multi_simple_epoch"
     if text.endswith("has no attribute 'supported_targets'"):
-        return "--task language_modeling needs a decoder-only model: --arch transformer_lm_admin"
+        return "--task language_modeling needs a decoder-only model, such as --arch transformer_lm_admin"
     if text == "'TranslationFromPretrainedBARTTask' object has no attribute 'args'":
         return (
             "--task translation_from_pretrained_bart fails in this fairseq, with every architecture; train with"

@@ -21,7 +21,7 @@ from admin_fairseq import fast
 from admin_fairseq.architectures import RuledLanguageModel, register_family
 from admin_fairseq.errors import AdminError
 from admin_fairseq.norm import OmegaLayerNorm
-from admin_fairseq.omega import CLOSED_FORMS, depends_on_depth, set_omega, sub_layers
+from admin_fairseq.omega import CLOSED_FORMS, closed_form, depends_on_depth, set_omega, sub_layers
 from admin_fairseq.rules import FAST_PATH_COPIES, Rule, RuledModel
 
 logger = logging.getLogger(__name__)
@@ -110,15 +110,17 @@ class AdminModel(RuledModel):
     def check(cls, args: Namespace) -> None:
         super().check(args)
         init, profile, batches = args.admin_init, args.admin_profile, args.admin_profile_batches
-        choices = {
+        options = {
             "admin_init": ("profile", *CLOSED_FORMS),
             "admin_omega": ("vector", "scalar", "fixed"),
             "admin_fast": fast.MODES,
         }
-        for option, known in choices.items():  # hydra does not check them
+        for option, known in options.items():  # hydra does not check them
             if getattr(args, option) not in known:
                 name = option.replace("_", "-")
-                raise AdminError(f"--{name} {getattr(args, option)}: choose {', '.join(known[:-1])} or {known[-1]}")
+                own = "; one of your own needs its folder as --user-dir" if option == "admin_init" else ""
+                choices = f"{', '.join(known[:-1])} or {known[-1]}"
+                raise AdminError(f"--{name} {getattr(args, option)}: choose {choices}{own}")
         if profile is not None and init != "profile":
             raise AdminError(f"--admin-profile and --admin-init {init} exclude each other; give one of them")
         if batches is not None and (profile is not None or init != "profile"):
@@ -147,8 +149,7 @@ class AdminModel(RuledModel):
                 elif args.admin_omega == "fixed":
                     norm.omega.requires_grad_(False)
             if args.admin_init != "profile":
-                form = CLOSED_FORMS[args.admin_init]
-                set_omega(norms[1:], [form(i, len(norms)) for i in range(2, len(norms) + 1)])
+                set_omega(norms, closed_form(args.admin_init, len(norms)))
                 model.omega_source = f"--admin-init {args.admin_init}"
         return model
 

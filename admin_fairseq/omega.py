@@ -16,6 +16,7 @@ from typing import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from admin_fairseq.errors import AdminError
 from admin_fairseq.norm import OmegaLayerNorm
 
 ClosedForm = Callable[[int, int], float]
@@ -37,9 +38,14 @@ def register_start(name: str) -> Callable[[ClosedForm], ClosedForm]:
     """Make a closed form omega_i = form(i, N) known as ``--admin-init NAME``; its docstring's first line is the help.
 
     i counts the sub-layers of a stack from 1 to N. form(1, N) is never asked for: the first omega stays 1.
+
+    Raises:
+        AdminError: there is a start of this name.
     """
 
     def register(form: ClosedForm) -> ClosedForm:
+        if name == "profile" or name in CLOSED_FORMS:
+            raise AdminError(f'@register_start("{name}"): there is such a start already; choose another name')
         CLOSED_FORMS[name] = form
         return form
 
@@ -66,6 +72,19 @@ def sqrt(i: int, n: int) -> float:
 def unit(i: int, n: int) -> float:
     """1: a plain Post-LN Transformer"""
     return 1.0
+
+
+def closed_form(name: str, n: int) -> list[float]:
+    """omega of every sub-layer of a stack of N.
+
+    Raises:
+        AdminError: one is not finite and positive.
+    """
+    omegas = [1.0, *(float(CLOSED_FORMS[name](i, n)) for i in range(2, n + 1))]
+    for i, omega in enumerate(omegas, start=1):
+        if not 0 < omega < math.inf:
+            raise AdminError(f"--admin-init {name} gives omega {omega} for sub-layer {i} of {n}; it must be positive")
+    return omegas
 
 
 def depends_on_depth(form: ClosedForm) -> bool:

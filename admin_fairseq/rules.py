@@ -31,7 +31,8 @@ class Rule(nn.Module):
 
     As it stands it is Post-LN: override ``residual_connection(self, x, residual)``, where x is the residual branch
     after dropout and residual the shortcut, both (time, batch, d); fairseq then applies the sub-layer's LayerNorm to
-    what is returned. :func:`admin_fairseq.register_method` makes architectures of a rule.
+    what is returned. ``__init__`` is never called, since fairseq has built the layer: ``set_up`` makes parameters.
+    :func:`admin_fairseq.register_method` makes architectures of a rule.
     """
 
     # traits, which analyses and checks ask for

@@ -1,4 +1,4 @@
-"""Run the tests under every supported combination of Python, fairseq, torch and numpy, and print the README's table.
+"""Run the tests under every supported combination of Python, fairseq, torch and numpy: the table of docs/versions.md.
 
     python tests/matrix.py [--work DIR] [--only 3.8 3.13] [pytest arguments]
 
@@ -45,7 +45,7 @@ NEEDS = {
     PYPI: ["hydra-core==1.0.7", "omegaconf==2.0.6", "cffi", "cython<3"],
     FIXED: ["hydra-core==1.3.2", "omegaconf==2.3.0", "cython"],
 }
-COMMON = ["setuptools<80", "wheel", "bitarray", "packaging", "regex", "scikit-learn", "tqdm", "matplotlib"]
+COMMON = ["setuptools>=61,<80", "wheel", "bitarray", "packaging", "regex", "scikit-learn", "tqdm", "matplotlib"]
 COMMON += ["pytest", "pytest-xdist"]
 RECIPE_TESTS = ("test_recipes", "test_corpus")  # the recipes' programs are pinned, and run with the default combination
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from typing import Any, Iterator, Sequence
 
@@ -27,6 +27,13 @@ from admin_fairseq.start import first_samples, start_omega
 
 DEFAULT_ARCHS = ("transformer_postln", "transformer_preln", "transformer_admin")
 BEFORE, AFTER = "at initialisation", "after training"
+
+
+def import_user_dir(rest: Sequence[str]) -> None:
+    """Import the folder given as --user-dir among fairseq-train's options, whose methods may be analysed."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--user-dir")
+    utils.import_user_module(parser.parse_known_args(rest)[0])
 
 
 def has_data(rest: Sequence[str]) -> bool:
@@ -70,6 +77,7 @@ def parse(arch: str, rest: Sequence[str], only_given: bool = False) -> Namespace
     Raises:
         AdminError: fairseq knows no such architecture or option.
     """
+    import_user_dir(rest)
     if arch not in ARCH_MODEL_REGISTRY:
         raise AdminError(f"--arch {arch}: no such architecture")
     parser = options.get_training_parser()
@@ -145,6 +153,7 @@ def subjects(
     Raises:
         AdminError: an argument cannot be used.
     """
+    import_user_dir(rest)
     if paths:
         named = {path: os.path.join(path, "checkpoint_last.pt") if os.path.isdir(path) else path for path in paths}
         for path, file in named.items():

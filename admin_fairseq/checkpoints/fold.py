@@ -60,6 +60,7 @@ def fold(state: State, untie: bool = False, keep_optimizer: bool = False) -> Sta
     args = settings(state)
     if model_name(args) not in STOCK:
         raise AdminError(f"it is of architecture {args.arch}, not of an Admin model")
+    args.admin_init = "unit"  # omega has its values; how it started may be known in a folder of the user's only
     ARCH_CONFIG_REGISTRY[args.arch](args)  # every size, whatever the architecture's default
     model = state["model"]
     frozen = {f"{name}.omega" for name, _, previous in _all_sub_layers(model) if previous is None}

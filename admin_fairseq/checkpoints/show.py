@@ -48,8 +48,10 @@ def from_profile(profile: Profile) -> Table:
         kinds = ["self_attn", *(["encoder_attn"] if has_attention_to_encoder else []), "final"]
         for number, omega in enumerate(omegas):
             row: Row = {"layer": number // len(kinds), "sub_layer": kinds[number % len(kinds)], "omega": omega}
+            if profile.branch_variance.get(stack):
+                row["branch_variance"] = profile.branch_variance[stack][number]
             if shares:
-                row.update(branch_variance=profile.branch_variance[stack][number], share=shares[number])
+                row["share"] = shares[number]
             table.setdefault(stack, []).append(row)
     return table
 

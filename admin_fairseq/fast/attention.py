@@ -60,7 +60,7 @@ class FastAttention(BeamAttention):
     """fairseq's attention by ``scaled_dot_product_attention``: no weights are kept, and no mask a head.
 
     It serves full sequences, in training and evaluation. fairseq's own ``forward`` serves the rest: steps of
-    incremental decoding (with the keys of :mod:`admin_fairseq.beams`), wanted attention weights, pruned heads,
+    incremental decoding (with the keys of :mod:`admin_fairseq.fast.beams`), wanted attention weights, pruned heads,
     quantised or hooked projections, xFormers, ``add_bias_kv`` and ``add_zero_attn``, masks other than the decoder's own
     causal one, and, on a CPU, attention dropout (which has no fused kernel there). On a GPU attention dropout has the
     same distribution, but not the same random numbers.

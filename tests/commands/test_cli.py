@@ -36,6 +36,17 @@ def test_show_profile(profile_file):
     assert last.count("#") == 2 * result.lines("self_attn")[1].count("#")
 
 
+def test_show_a_profile_without_the_shortcuts_variance(profile_file, capsys):
+    """As they were written before it was recorded: the share of the branch is not known."""
+    content = json.loads(profile_file.read_text())
+    del content["shortcut_variance"]
+    profile_file.write_text(json.dumps(content))
+    main(["show", str(profile_file)])
+    head, row = capsys.readouterr().out.splitlines()[1:3]
+    assert head.endswith("Var[f]")
+    assert row.split()[:4] == ["0", "self_attn", "1.000", "1.250"]
+
+
 def test_show_checkpoint(profile_file, capsys):
     """With the first omega, as the profile in the folder has it; without, if that is of another model."""
     names = ["encoder.layers.0.self_attn", "encoder.layers.0.final"]

@@ -59,6 +59,19 @@ def test_a_rule_is_a_language_model_too(user_dir, text, tmp_path):
     assert "GatedTransformerDecoderLayerBase" in command("fairseq_cli.train", *arguments, "--user-dir", user_dir)
 
 
+def test_what_knows_the_folder_and_what_does_not(user_dir, data, tmp_path):
+    """A rule is analysed; a start is of no use any more once omega has been trained."""
+    options = ("--user-dir", user_dir, "--cpu", "--max-tokens", "600", *TINY)
+    out = command(
+        "admin_fairseq", "analyze", "dependency", data, "--arch", "transformer_gated", "--out", tmp_path, *options
+    )
+    assert "dependency.json" in out
+    start = ("--arch", "transformer_admin", "--admin-init", "half", "--max-update", 1, "--save-dir", tmp_path)
+    command("fairseq_cli.train", data, "--user-dir", user_dir, *TINY, *TRAIN, *start)
+    folded = command("admin_fairseq", "fold", tmp_path / "checkpoint_last.pt", tmp_path / "folded.pt")
+    assert "as a stock transformer" in folded
+
+
 def test_both_appear_in_the_comparison(user_dir, data, tmp_path):
     table = command(
         *("benchmarks.compare", data, "--user-dir", user_dir, "--methods", "gated,admin --admin-init half"),

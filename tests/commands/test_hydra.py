@@ -55,6 +55,14 @@ def test_translates(trained, data):
     assert len(hypotheses(generate(data, folder / "checkpoint_best.pt"))) == 30
 
 
+@pytest.mark.parametrize("method", ["deepnorm", "preln"])
+def test_other_methods_from_the_same_file(method, data, tmp_path):
+    """Whose models do not have Admin's options, which the file leaves at null."""
+    result = hydra_train(data, tmp_path, f"model._name=transformer_{method}", *LAYERS, updates=1)
+    assert result.code == 0, result.output
+    assert len(result.losses()) == 1
+
+
 @pytest.mark.parametrize(
     ("overrides", "encoder", "decoder"),
     [

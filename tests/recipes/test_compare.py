@@ -368,13 +368,12 @@ def test_going_on_with_a_rate_that_diverges(first: Any, data: Path, monkeypatch:
 
 
 OWN_METHOD = """
-from fairseq.models import register_model_architecture
-from fairseq.models.transformer import transformer_legacy
+from admin_fairseq import Rule, register_method
 
-from admin_fairseq.architectures import METHODS
 
-METHODS["mine"] = ("transformer", {})
-register_model_architecture("transformer", "transformer_mine")(transformer_legacy.base_architecture)
+@register_method("mine")
+class Mine(Rule):
+    pass
 """
 
 

@@ -42,6 +42,14 @@ def test_without_fairseq_the_plugin_says_what_to_install(tmp_path):
     assert len(finished.stderr.splitlines()) == 1
 
 
+def test_installing_with_a_setuptools_that_would_install_nothing():
+    """One before 61 does not read pyproject.toml, and makes an empty package called UNKNOWN."""
+    script = "import runpy, setuptools; setuptools.__version__ = '56.0.0'; runpy.run_path('setup.py')"
+    finished = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert finished.returncode == 1
+    assert "needs setuptools 61" in finished.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("python", "needle"),
     [((3, 7, 17), "needs Python 3.8 or newer"), ((3, 11, 0), "pip install fairseq-fixed==0.12.3.1")],
