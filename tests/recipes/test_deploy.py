@@ -204,7 +204,6 @@ def test_stops_once_all_are_answered(folder, server, tmp_path):
     assert "Traceback" not in ours.log.read_text()
 
 
-@pytest.mark.slow
 def test_benchmark(folder):
     command = [sys.executable, "-m", "benchmarks.deploy", folder / "run", "--repeat", "1"]
     printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()

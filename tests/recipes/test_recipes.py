@@ -24,9 +24,7 @@ from helpers import checkpoint
 from toy import EXAMPLES, RECIPES, TOY, environment, lay_out, lines, script, sides, text
 
 
-@pytest.mark.parametrize(
-    "recipe", [RECIPES[0], *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in RECIPES[1:])]
-)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_raw_files_to_scores(finished, recipe):
     folder, printed = finished(recipe)
     source = recipe.split("_")[-2]
@@ -55,7 +53,6 @@ def test_raw_files_to_scores(finished, recipe):
     assert "loaded checkpoint" not in (folder / "run/train.log").read_text()
 
 
-@pytest.mark.slow
 def test_splits_and_filters(finished):
     """The published recipes' rules, recomputed from the raw text."""
     folder, _ = finished("iwslt14_de_en")
