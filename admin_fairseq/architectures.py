@@ -35,11 +35,10 @@ LM_DEPTHS = (6, 12, 18, 24, 36, 48, 60, 72, 100)
 
 
 class Method(NamedTuple):
-    """The models that a method's architectures are of, and what the options of these models are by default."""
+    """The models that a method's architectures are of, by their registered names."""
 
     translation: str
     language_model: str
-    options: dict
 
 
 METHODS: dict[str, Method] = {}  # by name
@@ -83,7 +82,7 @@ def register_method(name: str) -> Callable[[type[Rule]], type[Rule]]:
 
 def register_family(method: str, translation: str, language_model: str, **options: Any) -> None:
     """Register the architectures of a method: of these registered models, with these options by default."""
-    METHODS[method] = Method(translation, language_model, options)
+    METHODS[method] = Method(translation, language_model)
     name = f"transformer_{method}"
     _register(translation, name, transformer.base_architecture, **options)
     for suffix, (n, m) in DEPTHS.items():

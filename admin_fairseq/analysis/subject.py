@@ -153,7 +153,6 @@ def subjects(
     Raises:
         AdminError: an argument cannot be used.
     """
-    import_user_dir(rest)
     if paths:
         named = {path: os.path.join(path, "checkpoint_last.pt") if os.path.isdir(path) else path for path in paths}
         for path, file in named.items():

@@ -16,7 +16,7 @@ from admin_fairseq.omega import CLOSED_FORMS
 
 # Post-LN and Pre-LN are fairseq's own model, and the other names with Admin's model are options of it
 OURS = [method for method, (model, *_) in METHODS.items() if model != "transformer"]
-EQUATIONS = [method for method in OURS if METHODS[method][0] == f"transformer_{method}"]
+EQUATIONS = [method for method in OURS if METHODS[method].translation == f"transformer_{method}"]
 
 DEPTHS = {
     **{"": (6, 6), "_6_6": (6, 6), "_12_12": (12, 12), "_18_18": (18, 18), "_60_12": (60, 12), "_72": (60, 12)},
