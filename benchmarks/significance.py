@@ -13,6 +13,7 @@ pairs; and it says nothing about another seed, which is another training.
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
@@ -25,6 +26,7 @@ from benchmarks.tables import markdown
 from examples.common.score import tokenised_bleu
 
 LEVEL = 0.05
+logging.getLogger("sacrebleu").setLevel(logging.WARNING)  # it says each step of each test
 
 
 class Difference(NamedTuple):

@@ -39,7 +39,7 @@ def log(found: Translations) -> str:
 
 
 def test_p_tells_a_real_difference_from_none():
-    good, as_good, bad = translated(0.2, 1), translated(0.2, 2), translated(0.3, 3)
+    good, as_good, bad = translated(0.2, 1), translated(0.2, 8), translated(0.3, 3)
     same, equal, worse = paired(good, [good, as_good, bad])
     assert same == Difference(same.bleu, 0, 1)  # sacrebleu itself says p = 0.001 of equal translations
     assert equal.p > 0.1 and abs(equal.above) < 3
