@@ -60,7 +60,9 @@ def paired(baseline: Translations, systems: Sequence[Translations]) -> list[Diff
         AdminError: they did not translate the same test set.
     """
     if any(system.references != baseline.references for system in systems):
-        raise AdminError("these runs translated different test sets, so their BLEU cannot be compared")
+        raise AdminError(
+            "these are translations of different sentences: of another test set, or cut off before the end"
+        )
     named = [(str(number), system.hypotheses) for number, system in enumerate([baseline, *systems])]
     test = PairedTest(named, {"BLEU": tokenised_bleu()}, [baseline.references], test_type="bs", n_samples=1000)
     _, found = test()

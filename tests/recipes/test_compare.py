@@ -374,6 +374,21 @@ def test_going_on_with_a_rate_that_diverges(first: Any, data: Path, monkeypatch:
     assert "| 1 of 2 " in (out / "table.md").read_text(encoding="utf-8")
 
 
+def test_only_whole_translations_are_tested(first: Any, data: Path, tmp_path: Path):
+    """One that was cut off has no score yet; its log is left alone."""
+    out = shutil.copytree(first[0], tmp_path / "out")
+    words = command(data, out, "--methods", "postln,admin", "--lr", "5e-3", "--updates", 80)
+    args = compare.parse(words[3:])
+    runs = [compare.Run(method, "1-1", 5e-3, 20, 1) for method in ("postln", "admin")]
+    results = {run: json.loads((out / run.name / "result.json").read_text(encoding="utf-8")) for run in runs}
+    assert [row["method"] for row in compare.tests(results, args)] == ["admin"]
+    log = out / runs[1].name / "generate.log"
+    whole = log.read_text(encoding="utf-8")
+    log.write_text(whole[: whole.index("H-") + 40], encoding="utf-8")
+    results[runs[1]]["bleu"] = None
+    assert compare.tests(results, args) == []
+
+
 def test_a_finished_comparison_is_scored_by_comet(first: Any, data: Path, comet_models: Path, monkeypatch: Any):
     """Without training or decoding; nothing begins where the model is not there."""
     out = first[0]

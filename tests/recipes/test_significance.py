@@ -48,7 +48,7 @@ def test_p_tells_a_real_difference_from_none():
     assert worse.bleu == pytest.approx(score)
     assert verdict([worse, worse, equal]) == "worse in 2 of 3"
     assert verdict([equal]) == "no difference shown in any of 1"
-    with pytest.raises(AdminError, match="different test sets"):
+    with pytest.raises(AdminError, match="translations of different sentences"):
         paired(good, [translated(0.2, 1, count=199)])
 
 
