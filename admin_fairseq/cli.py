@@ -23,7 +23,7 @@ from admin_fairseq.checkpoints.fold import fold, unfold
 from admin_fairseq.checkpoints.verify import compare
 from admin_fairseq.errors import AdminError
 from admin_fairseq.files import json_text, refuse_output
-from admin_fairseq.profile_file import read_profile
+from admin_fairseq.profile_file import Profile, read_profile
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -177,15 +177,19 @@ def _named(path: str) -> Iterator[None]:
 
 def _show(args: argparse.Namespace) -> None:
     """Of a checkpoint also the first omega, if the profile still lies in its folder."""
+    start: Profile | None = None
     if args.file.endswith(".pt") or zipfile.is_zipfile(args.file):  # torch.save writes zip archives
         profile = os.path.join(os.path.dirname(args.file), "admin_profile.json")
         weights = files.load(args.file)["model"]
-        table = show.from_weights(weights, read_profile(profile) if os.path.exists(profile) else None)
+        start = read_profile(profile) if os.path.exists(profile) else None
+        table = show.from_weights(weights, start)
     else:
-        table = show.from_profile(read_profile(args.file))
+        start = read_profile(args.file)
+        table = show.from_profile(start)
     if not table:
         raise AdminError(f"{args.file} holds no omega: it is not of an Admin model")
-    print(json_text(table) if args.json else show.text(table), end="")
+    margin = {} if start is None else {"margin": start.margin}
+    print(json_text({**margin, **table}) if args.json else show.text(table, **margin), end="")
 
 
 def _import(args: argparse.Namespace) -> None:

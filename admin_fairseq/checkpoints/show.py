@@ -56,14 +56,14 @@ def from_profile(profile: Profile) -> Table:
     return table
 
 
-def text(table: Table) -> str:
-    """Every sub-layer with its numbers and a bar as long as omega."""
+def text(table: Table, margin: float | None = None) -> str:
+    """Every sub-layer with its numbers and a bar as long as omega; ``margin`` is that of the pre-pass, if known."""
     finite = [row["omega"] for rows in table.values() for row in rows if math.isfinite(row["omega"])]
     longest = max(finite, default=1.0)
     lines = []
     for stack, rows in table.items():
         columns = [column for column in HEADS if column in rows[0]]
-        lines.append(f"{stack}: {len(rows)} sub-layers")
+        lines.append(f"{stack}: {len(rows)} sub-layers" + (f", margin {margin:g}" if margin is not None else ""))
         lines.append("  layer  sub-layer   " + "".join(f"{HEADS[column]:>12}" for column in columns))
         for row in rows:
             numbers = "".join(

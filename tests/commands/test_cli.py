@@ -30,6 +30,7 @@ def profile_file(tmp_path):
 def test_show_profile(profile_file):
     result = run("admin-fairseq", "show", profile_file)
     assert result.code == 0, result.output
+    assert result.lines("sub-layers") == ["encoder: 2 sub-layers, margin 1", "decoder: 3 sub-layers, margin 1"]
     assert result.lines("self_attn")[0].split()[:5] == ["0", "self_attn", "1.000", "1.250", "55.6%"]
     last = result.lines("final")[1]
     assert last.split()[:5] == ["0", "final", "2.000", "1.000", "20.0%"]
