@@ -9,6 +9,7 @@ setting DATA "data/$RECIPE" "the data-bin that prepare.sh made"
 setting RUN "runs/$RECIPE/$METHOD-$DEPTH-$SEED" "the training's folder; results go to RUN/test"
 setting LAST 10 "average the newest so many epochs' checkpoints, or as many as there are"
 setting SEARCH_TOKENS 8000 "source tokens a batch, when translating"
+setting COMET "" "score by COMET, too: the model.ckpt of a model that you have; needs unbabel-comet's comet-score on PATH"
 
 # search BEAM LENPEN: the recipe's defaults
 search() {
@@ -54,5 +55,6 @@ evaluate() {
     step average "average checkpoints" average "${checkpoints[@]}"
     step generate "translate the test set (beam $BEAM, length penalty $LENPEN)" \
         generate "$DICTIONARIES" "$BEAM" "$LENPEN" "${checkpoints[@]}"
-    python "$COMMON/score.py" "$OUT" "$DATA/text" "$TARGET" --checkpoints "${checkpoints[@]%@*}" "${OPTIONS[@]}"
+    python "$COMMON/score.py" "$OUT" "$DATA/text" "$TARGET" --checkpoints "${checkpoints[@]%@*}" "${OPTIONS[@]}" \
+        ${COMET:+--comet "$COMET" --source "$SOURCE"}
 }
