@@ -1,4 +1,4 @@
-"""Every patch of fairseq's classes. docs/fairseq.md lists what else of fairseq's inside this plugin relies on.
+"""Every patch of fairseq. docs/fairseq.md lists what else of fairseq's inside this plugin relies on.
 
 omega gets its value when a trainer is about to build its optimizer. That is the last moment at which it can:
 half-precision optimizers then copy every parameter to fp32 masters. And it is the first at which everything else is
@@ -16,7 +16,7 @@ from fairseq.logging import progress_bar
 from fairseq.sequence_generator import EnsembleModelWithAlignment
 from fairseq.trainer import Trainer
 
-from admin_fairseq import fast
+from admin_fairseq import fast, old_numpy
 from admin_fairseq.checkpoints.files import SAFE_GLOBALS
 from admin_fairseq.errors import AdminError
 from admin_fairseq.metrics import log_omega, without_omega
@@ -26,7 +26,7 @@ from admin_fairseq.start import start_omega
 
 
 def install() -> None:
-    """Wrap what of fairseq has to know of Admin, and let torch >= 2.6 load the checkpoints that fairseq writes."""
+    """Wrap what of fairseq has to know of Admin, and let its code run with newer torch and numpy."""
     if hasattr(Trainer._build_optimizer, "starts_omega"):  # a copy of this package under another name is a user dir too
         return
     _wrap(Trainer, "_build_optimizer", _start_omega_then_build_optimizer)
@@ -36,6 +36,7 @@ def install() -> None:
     for bar in (progress_bar.BaseProgressBar, progress_bar.JsonProgressBar):
         _wrap(bar, "_format_stats", _format_without_omega)
 
+    old_numpy.install()
     if torch.__version__ >= "2.6":
         # from here on torch.load refuses classes that are not listed
         torch.serialization.add_safe_globals([(kind, name) for name, kind in SAFE_GLOBALS.items()])
