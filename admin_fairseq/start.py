@@ -37,7 +37,7 @@ def start_omega(trainer: Trainer) -> None:
     if model.omega_source == "unset":
         file = model.admin_profile
         if file is not None:
-            _from_first_worker(trainer, lambda: _read(file, model)).apply(model)
+            Profile(**from_first_worker(trainer, lambda: asdict(_read(file, model)))).apply(model)
             model.omega_source = file
         else:
             _profile(trainer)
@@ -54,18 +54,18 @@ def _read(file: str, model: AdminModel) -> Profile:
     return read_profile(file, depth.get("encoder", 0), depth["decoder"])
 
 
-def _from_first_worker(trainer: Trainer, read: Callable[[], Profile]) -> Profile:
-    """What the first worker reads: each machine may have another file of that name, or none.
+def from_first_worker(trainer: Trainer, work: Callable[[], Any]) -> Any:
+    """What ``work`` returns on the first worker (anything but text): each machine may have files of its own.
 
     Raises:
         AdminError: on every worker, what the first one met.
     """
     if trainer.data_parallel_world_size == 1:
-        return read()
+        return work()
     outcome: Any = None
     if trainer.is_data_parallel_master:
         try:
-            outcome = asdict(read())
+            outcome = work()
         except AdminError as error:
             outcome = str(error)
     outcome = distributed_utils.broadcast_object(
@@ -73,7 +73,7 @@ def _from_first_worker(trainer: Trainer, read: Callable[[], Profile]) -> Profile
     )
     if isinstance(outcome, str):
         raise AdminError(outcome)
-    return Profile(**outcome)
+    return outcome
 
 
 def profile_batches(trainer: Trainer, samples: list[Sample], progress: bool = False) -> Profile:
