@@ -9,6 +9,7 @@ checkpoint, if any, has been restored.
 from __future__ import annotations
 
 import functools
+from multiprocessing.util import Finalize
 from typing import Any, Callable, Sequence
 
 import torch
@@ -16,13 +17,13 @@ from fairseq.logging import progress_bar
 from fairseq.sequence_generator import EnsembleModelWithAlignment
 from fairseq.trainer import Trainer
 
-from admin_fairseq import fast, old_numpy
+from admin_fairseq import fast, old_numpy, save_dir
 from admin_fairseq.checkpoints.files import SAFE_GLOBALS
 from admin_fairseq.errors import AdminError
 from admin_fairseq.metrics import log_omega, without_omega
 from admin_fairseq.model import AdminModel
 from admin_fairseq.rules import FULLY_SHARDED, RuledModel
-from admin_fairseq.start import start_omega
+from admin_fairseq.start import from_first_worker, start_omega
 
 
 def install() -> None:
@@ -54,6 +55,7 @@ def _wrap(kind: type, name: str, function: Callable[..., Any]) -> None:
 
 
 def _start_omega_then_build_optimizer(build_optimizer: Callable[[Trainer], None], trainer: Trainer) -> None:
+    _claim_save_dir(trainer)
     model = trainer.get_model()
     if isinstance(model, AdminModel):
         trainer.model  # noqa: B018  (with several workers, wrapping is what moves the model to its device)
@@ -63,6 +65,19 @@ def _start_omega_then_build_optimizer(build_optimizer: Callable[[Trainer], None]
     build_optimizer(trainer)
     if isinstance(model, AdminModel):
         fast.apply_to_trainer(trainer, model.admin_fast)
+
+
+def _claim_save_dir(trainer: Trainer) -> None:
+    """Before anything is written there; given back when the trainer goes, or its process ends."""
+    checkpoint = trainer.cfg.checkpoint
+    if checkpoint.no_save or hasattr(trainer, "has_claimed_save_dir"):
+        return
+    trainer.has_claimed_save_dir = True
+
+    def claim() -> None:
+        Finalize(trainer, save_dir.claim(checkpoint.save_dir), exitpriority=0)
+
+    from_first_worker(trainer, claim)
 
 
 def _log_omega_then_begin_epoch(begin_epoch: Callable[[Trainer, int], None], trainer: Trainer, epoch: int) -> None:

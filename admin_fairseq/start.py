@@ -37,7 +37,7 @@ def start_omega(trainer: Trainer) -> None:
     if model.omega_source == "unset":
         file = model.admin_profile
         if file is not None:
-            found = _from_first_worker(trainer, lambda: _read(file, model))
+            found = Profile(**from_first_worker(trainer, lambda: asdict(_read(file, model))))
             found.apply(model)
             model.omega_source = f"{file} (margin {found.margin:g})"
         else:
@@ -56,18 +56,18 @@ def _read(file: str, model: AdminModel) -> Profile:
     return profile if model.admin_margin is None else profile.with_margin(model.admin_margin)
 
 
-def _from_first_worker(trainer: Trainer, read: Callable[[], Profile]) -> Profile:
-    """What the first worker reads: each machine may have another file of that name, or none.
+def from_first_worker(trainer: Trainer, work: Callable[[], Any]) -> Any:
+    """What ``work`` returns on the first worker (anything but text): each machine may have files of its own.
 
     Raises:
         AdminError: on every worker, what the first one met.
     """
     if trainer.data_parallel_world_size == 1:
-        return read()
+        return work()
     outcome: Any = None
     if trainer.is_data_parallel_master:
         try:
-            outcome = asdict(read())
+            outcome = work()
         except AdminError as error:
             outcome = str(error)
     outcome = distributed_utils.broadcast_object(
@@ -75,7 +75,7 @@ def _from_first_worker(trainer: Trainer, read: Callable[[], Profile]) -> Profile
     )
     if isinstance(outcome, str):
         raise AdminError(outcome)
-    return Profile(**outcome)
+    return outcome
 
 
 def profile_batches(trainer: Trainer, samples: list[Sample], progress: bool = False) -> Profile:

@@ -1,6 +1,7 @@
 """fairseq's own commands, end to end on a tiny model."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -21,6 +22,8 @@ from helpers import (
     run,
     train,
 )
+
+from admin_fairseq import save_dir
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +118,19 @@ def test_no_save_writes_nothing(data, tmp_path):
     result = train(data, tmp_path, "--no-save", updates=1)
     assert result.code == 0, result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_a_second_training_in_the_same_folder_is_refused(trained, data, tmp_path):
+    release = save_dir.claim(str(tmp_path))
+    for arch in ("transformer_admin", "transformer"):
+        second = train(data, tmp_path, arch=arch, updates=1)
+        assert second.code == 1
+        (line,) = second.lines("admin_fairseq: error:")
+        assert f"another training is at work in {tmp_path} (process {os.getpid()} on " in line
+        assert "Traceback" not in second.output
+        assert os.listdir(tmp_path) == [save_dir.MARK]
+    release()
+    assert save_dir.MARK not in os.listdir(trained[0])  # a training takes its own away
 
 
 def test_finetune_from_an_admin_checkpoint_keeps_omega(trained, data, tmp_path):

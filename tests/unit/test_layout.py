@@ -11,7 +11,7 @@ from helpers import ROOT
 # Files and folders, from the ground up: each imports from the rows above its own, and a folder's files from each other.
 LAYERS = [
     "errors weights",
-    "config files",
+    "config files save_dir",
     "norm",
     "omega family",
     "rules",
