@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Iterable, NamedTuple
 
 from admin_fairseq.errors import AdminError
+from admin_fairseq.profile_file import read_profile
 from benchmarks import compare, significance
 from benchmarks.common import ROOT, child_environment, write
 from benchmarks.figures import panels
@@ -141,7 +142,9 @@ def record(name: str, folder: Path) -> None:
             step = max(len(result["curve"]) // 25, 1)
             kept = {key: result[key] for key in ("verdict", "train_ppl", "valid_ppl", "bleu", "seconds", "environment")}
             curve = [[update, loss and round(loss, 3)] for update, loss in result["curve"][step - 1 :: step]]
-            rows.append({"data": name, "regime": regime, **vars(run), **kept, "curve": curve})
+            row = {"data": name, "regime": regime, **vars(run), **kept, "curve": curve}
+            profile = file.with_name("admin_profile.json")
+            rows.append({**row, "shares": shares(profile)} if profile.exists() else row)
         for depth in sorted({run.depth for run in results}):
             systems: dict[str, dict[int, significance.Translations]] = {}
             for run in results:
@@ -152,6 +155,17 @@ def record(name: str, folder: Path) -> None:
             for row in significance.against_best(systems, baselines):
                 rows.append({"data": name, "regime": regime, "depth": depth, "significance": row})
     write(RECORD, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def shares(profile: Path) -> dict[str, dict[str, float]]:
+    """By stack, the sums of the branches' shares at the start over attention and over feed-forward sub-layers."""
+    found, sums = read_profile(str(profile)), {}
+    for stack, kinds in (("encoder", 2), ("decoder", 3)):
+        variances = zip(getattr(found, stack), found.branch_variance[stack])
+        each = [variance / (omega**2 + variance) for omega, variance in variances]  # behind a LayerNorm Var[x] is 1
+        ffn = sum(each[kinds - 1 :: kinds])
+        sums[stack] = {"attention": round(sum(each) - ffn, 4), "feed-forward": round(ffn, 4)}
+    return sums
 
 
 def recorded() -> list[dict[str, Any]]:
@@ -213,6 +227,22 @@ def cell(runs: list[dict[str, Any]]) -> str:
     return "; ".join(parts)
 
 
+def readings(rows: list[dict[str, Any]], data: str) -> str:
+    """The sum of shares at the start beside the perplexity, of profiled starts in the short regime."""
+    table = [["", "encoder: attention + feed-forward", "decoder", "valid ppl, seed 1"]]
+    found = [row for row in rows if row["data"] == data and "shares" in row and row["regime"] == "short"]
+    for row in sorted(found, key=lambda row: (row["depth"], row["lr"], sum(row["shares"]["encoder"].values()))):
+        if row["seed"] == 1:
+            method, weights = split_method(row["method"])
+            sums = [
+                f"{sum(each.values()):.2f} = {each['attention']:.2f} + {each['feed-forward']:.2f}"
+                for each in row["shares"].values()
+            ]
+            label = f"{row['depth']}, {row['lr']:g}: {NAMES.get(method, method)}, {weights}' weights"
+            table.append([label, *sums, number(row["valid_ppl"])])
+    return markdown(table)
+
+
 def differences(rows: list[dict[str, Any]], data: str) -> str:
     """BLEU against the best baseline, seed by seed."""
     table = [["", "against", "BLEU above it, by seed", "p, by seed"]]
@@ -255,6 +285,7 @@ def page(args: argparse.Namespace) -> None:
         for regime in REGIMES:
             text = text.replace(f"{{{data} {regime}}}", tables(rows, data, regime))
         text = text.replace(f"{{{data} BLEU}}", differences(rows, data))
+        text = text.replace(f"{{{data} shares}}", readings(rows, data))
     environments = sorted({row["environment"] for row in rows if "environment" in row})
     write(PAGE, text.replace("{environments}", "\n".join(f"- {line}" for line in environments)))
 
