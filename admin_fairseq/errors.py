@@ -6,7 +6,8 @@ import os
 import re
 import sys
 import traceback
-from types import TracebackType
+from types import FrameType, TracebackType
+from typing import Iterable
 
 DATA_HINT = "DATA is the folder that fairseq-preprocess wrote (its --destdir), with dict.<lang>.txt, train and valid"
 
@@ -71,12 +72,25 @@ def _explain_fairseq(error: BaseException) -> str | None:
     return None
 
 
-def install_excepthook() -> None:
-    """Print :func:`explain`'s line instead of a traceback when such an error ends the process."""
+def _names(folder: str, frames: Iterable[tuple[FrameType, int]]) -> bool:
+    files = (os.path.abspath(frame.f_code.co_filename) for frame, _ in frames)
+    return any(os.path.basename(os.path.dirname(file)) == folder for file in files)
+
+
+def is_running(folder: str) -> bool:
+    """Whether a function of a file in a folder of this name is running, as fairseq_cli's are in fairseq's commands."""
+    return _names(folder, traceback.walk_stack(sys._getframe()))
+
+
+def install_excepthook(folder: str) -> None:
+    """Print :func:`explain`'s line instead of a traceback when such an error ends a command of ``folder``'s files.
+
+    Other code, which may run in the same process, keeps its tracebacks.
+    """
     previous = sys.excepthook
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        line = explain(error)
+        line = explain(error) if _names(folder, traceback.walk_tb(trace)) else None
         if line is None:
             previous(kind, error, trace)
         else:

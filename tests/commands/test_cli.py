@@ -1,5 +1,9 @@
+import argparse
 import json
+import os
 import re
+import resource
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -9,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from fairseq.data import Dictionary
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from helpers import ROOT, run
 
 import admin_fairseq
-from admin_fairseq import AdminError, Profile
+from admin_fairseq import AdminError, AdminTransformer, Profile, listing
+from admin_fairseq.architectures import METHODS
 from admin_fairseq.checkpoints.files import load
-from admin_fairseq.cli import main
+from admin_fairseq.cli import main, make_parser
 
 
 @pytest.fixture
@@ -114,6 +120,74 @@ def test_an_object_that_is_not_loaded_is_named(tmp_path):
         load(str(tmp_path / "odd.pt"))
 
 
+def sub_commands(parser):
+    """Every parser that has a --help."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from sub_commands(command)
+
+
+PARSERS = [*sub_commands(make_parser())]
+
+
+@pytest.mark.parametrize("parser", PARSERS, ids=lambda parser: parser.prog)
+def test_help_ends_with_an_example(parser):
+    """One that the command accepts."""
+    last = parser.format_help().rpartition("\n\n")[2].splitlines()
+    assert last[0] == "example:" and len(last) > 1
+    for line in last[1:]:
+        program, *words = shlex.split(line)
+        assert program == "admin-fairseq"
+        args, rest = make_parser().parse_known_args(words)
+        if parser.prog != program:
+            assert parser.prog in line
+        assert not rest or args.takes_rest
+
+
+@pytest.mark.parametrize("program", [[str(Path(sys.executable).with_name("admin-fairseq"))], [sys.executable, "-m"]])
+def test_help_and_version_answer_at_once(program):
+    """Importing torch and fairseq takes seconds."""
+    if program[1:] and sys.version_info < (3, 10):
+        pytest.skip("such a Python does not say which module it runs")
+    program += ["admin_fairseq"] * (len(program) - 1)
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for words in (["--version"], ["--help"], ["fold", "--help"], ["analyze", "report", "--help"]):
+        subprocess.run([*program, *words], env=environment, stdout=subprocess.PIPE, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 4 * 0.5
+
+
+def test_archs():
+    shown = listing.archs(None)
+    assert all(f"\n{method} " in shown for method in METHODS)
+    assert "admin_logn " in shown and "(--admin-init logn)" in shown
+    head, first, *_ = listing.archs("transformer_deepnorm_18").splitlines()
+    assert first.split() == ["transformer_deepnorm_18_2", "18-2", "512", "2048", "8"]
+    assert head.index("width") == first.index("512")
+    assert listing.archs("lm_preln_24").splitlines()[1].split()[:2] == ["transformer_lm_preln_24", "24"]
+    with pytest.raises(AdminError, match="nearest: transformer_admin_24_6, "):
+        listing.archs("transformer_admin_24x6")
+
+
+def test_every_architecture_is_listed():
+    ours = {model for method in METHODS.values() for model in method} - {"transformer", "transformer_lm"}
+    names = {name for name, model in ARCH_MODEL_REGISTRY.items() if model in map(MODEL_REGISTRY.get, ours)}
+    assert names <= set(re.findall(r"^(\S+)", listing.archs("transformer"), re.M))
+
+
+def test_options(capsys):
+    main(["options", "transformer_admin_18_2"])
+    own, stock = capsys.readouterr().out.split("of fairseq's Transformer:")
+    assert all(f"--{option.replace('_', '-')} " in own for option in AdminTransformer.own_options)
+    assert re.search(r"--encoder-layers ENCODER_LAYERS\s+encoder: number of layers \(default: 18\)", stock)
+    assert "of this plugin" not in listing.options("transformer_lm_preln")
+    with pytest.raises(AdminError, match="nearest: transformer_admin_24_6, "):
+        main(["options", "transformer_admin_24_24"])
+
+
 def test_usage():
     assert run("admin-fairseq", "--help").code == 0
     assert run("admin-fairseq").code == 2
@@ -123,7 +197,10 @@ def test_usage():
 
 def test_nothing_is_printed_but_what_was_asked_for():
     """Some of fairseq's modules set up everybody's logging when they are imported, and then log."""
-    command = [sys.executable, "-m", "admin_fairseq", "--version"]
+    command = [sys.executable, "-m", "admin_fairseq", "archs"]
+    finished = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert finished.stdout.endswith(listing.archs(None))
+    assert not {"INFO", "DEBUG"} & set(re.split(r"\W", finished.stdout))
+    command[-1] = "--version"
     finished = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert finished.stdout.endswith(f"admin_fairseq {admin_fairseq.__version__}\n")
-    assert not {"INFO", "DEBUG"} & set(re.split(r"\W", finished.stdout))

@@ -10,7 +10,7 @@ from helpers import ROOT
 
 # Files and folders, from the ground up: each imports from the rows above its own, and a folder's files from each other.
 LAYERS = [
-    "errors weights",
+    "errors weights arguments",
     "config files save_dir",
     "norm",
     "omega family",
@@ -20,10 +20,12 @@ LAYERS = [
     "model methods",
     "profile_file turns",
     "profiling",
-    "start metrics checkpoints old_numpy",
+    "start metrics checkpoints old_numpy listing",
     "hooks",
+    "plugin",
     "__init__",  # the public face
     "analysis",
+    "commands",
     "cli",
     "__main__",
 ]
