@@ -183,7 +183,8 @@ def test_options(capsys):
     own, stock = capsys.readouterr().out.split("of fairseq's Transformer:")
     assert all(f"--{option.replace('_', '-')} " in own for option in AdminTransformer.own_options)
     assert re.search(r"--encoder-layers ENCODER_LAYERS\s+encoder: number of layers \(default: 18\)", stock)
-    assert "of this plugin" not in listing.options("transformer_lm_preln")
+    own, _ = listing.options("transformer_lm_preln").split("of fairseq's Transformer:")
+    assert re.findall(r"--[\w-]+ ", own.split("of this plugin:")[1]) == ["--init-weights "]
     with pytest.raises(AdminError, match="nearest: transformer_admin_24_6, "):
         main(["options", "transformer_admin_24_24"])
 
