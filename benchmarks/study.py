@@ -5,8 +5,7 @@
 
 The first trains what PLAN lists and is not finished yet, by benchmarks.compare in DIR/<data>/<regime>, and after each
 part of the plan writes all results to benchmarks/records/study.jsonl, where those of other data stay. It can be stopped
-at any time; the same command goes on with the next run. The second writes docs/reproduction.md and its figure from that
-file alone.
+at any time; the same command goes on with the next run. The second writes docs/reproduction.md from that file alone.
 """
 
 from __future__ import annotations
@@ -26,13 +25,11 @@ from admin_fairseq.errors import AdminError
 from admin_fairseq.profile_file import read_profile
 from benchmarks import compare, significance
 from benchmarks.common import ROOT, child_environment, write
-from benchmarks.figures import panels
 from benchmarks.runs import Run
 from benchmarks.tables import markdown, number, spread
 
 RECORD = ROOT / "benchmarks" / "records" / "study.jsonl"
 PAGE = ROOT / "docs" / "reproduction.md"
-FIGURE = ROOT / "docs" / "reproduction.png"
 PROSE = Path(__file__).with_name("study.md")  # what PAGE says between its tables
 MODEL = shlex.split(
     "--cpu --share-all-embeddings --encoder-embed-dim 64 --encoder-ffn-embed-dim 128 --encoder-attention-heads 4"
@@ -43,6 +40,9 @@ MODEL = shlex.split(
 class Regime(NamedTuple):
     warmup: int
     updates: int
+
+    def __str__(self) -> str:
+        return f"{self.warmup:,} updates of warmup, {self.updates:,} in all"
 
 
 REGIMES = {"short": Regime(200, 600), "paper": Regime(1200, 3200)}
@@ -262,28 +262,15 @@ def differences(rows: list[dict[str, Any]], data: str) -> str:
     return markdown(table) if len(table) > 1 else "None has been translated yet."
 
 
-def figure(rows: list[dict[str, Any]], data: str, depth: str) -> bytes:
-    """Validation perplexity by learning rate, a panel a regime."""
-    lines = {}
-    for regime in REGIMES:
-        for method, label in NAMES.items():
-            own = [row for row in rows if (row["data"], row["regime"], row["depth"]) == (data, regime, depth)]
-            own = [row for row in own if "method" in row and split_method(row["method"]) == (method, "authors")]
-            rates = sorted({row["lr"] for row in own})
-            if rates:
-                points = [mean(row for row in own if row["lr"] == rate) for rate in rates]
-                lines[f"{depth}, {regime}", label] = (rates, points)
-    ticks = sorted({rate for rates, _ in lines.values() for rate in rates})
-    return panels(lines, 288.1, "learning rate", "validation perplexity", ticks)
-
-
 def page(args: argparse.Namespace) -> None:
     """Write PAGE: the prose, with a table in the place of each {data regime} and of {data BLEU}."""
     rows = recorded()
     text = PROSE.read_text(encoding="utf-8")
+    for name, regime in REGIMES.items():
+        text = text.replace(f"{{{name}}}", str(regime))
     for data in sorted({row["data"] for row in rows}):
-        for regime in REGIMES:
-            text = text.replace(f"{{{data} {regime}}}", tables(rows, data, regime))
+        for name in REGIMES:
+            text = text.replace(f"{{{data} {name}}}", tables(rows, data, name) or "Not run yet.")
         text = text.replace(f"{{{data} BLEU}}", differences(rows, data))
         text = text.replace(f"{{{data} shares}}", readings(rows, data))
     environments = sorted({row["environment"] for row in rows if "environment" in row})
