@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
 import warnings
 import zipfile
-from typing import Iterator
 
 from tqdm import tqdm
 
@@ -166,15 +164,6 @@ def _add_keep_optimizer(command: argparse.ArgumentParser) -> None:
     )
 
 
-@contextlib.contextmanager
-def _named(path: str) -> Iterator[None]:
-    """Errors of functions that do not know the file's name get it."""
-    try:
-        yield
-    except AdminError as error:
-        raise AdminError(f"{path}: {error}") from error
-
-
 def _show(args: argparse.Namespace) -> None:
     """Of a checkpoint also the first omega, if the profile still lies in its folder."""
     if args.file.endswith(".pt") or zipfile.is_zipfile(args.file):  # torch.save writes zip archives
@@ -190,7 +179,7 @@ def _show(args: argparse.Namespace) -> None:
 
 def _import(args: argparse.Namespace) -> None:
     refuse_output(args.input, args.output)
-    state = files.load(args.input)
+    state = files.load(args.input, checked=False)
     try:
         state = convert(state)
     except AdminError as error:
@@ -205,8 +194,8 @@ def _import(args: argparse.Namespace) -> None:
 
 def _fold(args: argparse.Namespace) -> None:
     refuse_output(args.input, args.output)
-    state = files.load(args.input)
-    with _named(args.input):
+    state = files.load(args.input, finite=True)
+    with files.naming(args.input):
         folded = fold(state, args.untie, args.keep_optimizer)
     if args.verify is not None:
         found = compare(state, folded, args.verify, args.sentences, args.untie)
@@ -219,8 +208,8 @@ def _fold(args: argparse.Namespace) -> None:
 
 def _unfold(args: argparse.Namespace) -> None:
     refuse_output(args.input, args.output)
-    state = files.load(args.input)
-    with _named(args.input):
+    state = files.load(args.input, finite=True)
+    with files.naming(args.input):
         unfolded = unfold(state, args.keep_optimizer)
     files.save(unfolded, args.output)
     print(f"{args.output}: {args.input} as a {unfolded['args'].arch} with omega 1")
@@ -228,9 +217,9 @@ def _unfold(args: argparse.Namespace) -> None:
 
 def _deepen(args: argparse.Namespace) -> None:
     refuse_output(args.input, args.output)
-    state = files.load(args.input)
+    state = files.load(args.input, finite=True)
     layers = {"encoder": args.encoder_layers, "decoder": args.decoder_layers}
-    with _named(args.input):
+    with files.naming(args.input):
         deeper, changes = deepen(state, args.data, layers, args.change)
     files.save(deeper, args.output)
     depths = [f"{stack} {change.old} to {change.new} layers" for stack, change in changes.items()]
@@ -253,5 +242,5 @@ def _average(args: argparse.Namespace) -> None:
     else:
         paths = select(paths[0], count, by_update, args.checkpoint_upper_bound)
     read = tqdm(paths, desc="averaging", unit="checkpoint", delay=3)
-    files.save(average((path, files.load(path)) for path in read), args.output)
+    files.save(average((path, files.load(path, finite=True)) for path in read), args.output)
     print(f"{args.output}: the average of {', '.join(paths)}")

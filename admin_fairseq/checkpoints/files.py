@@ -3,36 +3,69 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
-from typing import IO, Any, Callable, Dict
+from typing import IO, Any, Callable, Dict, Iterator
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from admin_fairseq.checkpoints import unpickling
-from admin_fairseq.checkpoints.guard import FORGOTTEN, checked
+from admin_fairseq.checkpoints import checks, guard, unpickling
 from admin_fairseq.config import as_namespace
 from admin_fairseq.errors import AdminError
 from admin_fairseq.files import writing
 
 Weights = Dict[str, torch.Tensor]
 State = Dict[str, Any]  # of a checkpoint
+SHARED = 64  # names for the same numbers: embeddings of many languages
 
 
-def load(path: str) -> State:
+def load(path: str, finite: bool = False, checked: bool = True) -> State:
     """The checkpoint as fairseq's dictionary, on the CPU; no code that the file names is run.
 
+    Args:
+        finite: with finite weights only.
+        checked: it is of a Transformer of this fairseq, with weights and settings that agree.
+
     Raises:
-        AdminError: the file is missing or not a fairseq checkpoint, or holds other than tensors and plain data.
+        AdminError: the file is missing or not such a checkpoint, or holds other than tensors and plain data.
     """
     if not os.path.isfile(path):
         raise AdminError(f"{path} is a folder, not a checkpoint" if os.path.isdir(path) else f"no such file: {path}")
     try:
         with open(path, "rb") as file:
-            return read(file)
+            state = read(file)
     except OSError as error:
         raise AdminError(f"cannot read {path}: {error.strerror}") from error
+    with naming(path):
+        if checked:
+            has_settings = state.get("args") is not None or state.get("cfg") is not None
+            checks.check(state, settings(state) if has_settings else None)
+        if finite:
+            checks.check_finite(state)
+    return state
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Errors of functions that do not know the file's name get it."""
+    try:
+        yield
+    except AdminError as error:
+        raise AdminError(f"{path}: {error}") from error
+
+
+@contextlib.contextmanager
+def building(what: str) -> Iterator[None]:
+    """Whatever fairseq raises when it builds something from a checkpoint's settings is an AdminError."""
+    try:
+        yield
+    except (AdminError, OSError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise AdminError(f"no {what} can be built from its settings ({reason})") from error
 
 
 def read(file: IO[bytes], torch_load: Callable[..., Any] = torch.load, forgets: bool = False) -> State:
@@ -51,6 +84,8 @@ def read(file: IO[bytes], torch_load: Callable[..., Any] = torch.load, forgets: 
             raise TypeError("its weights are not a dictionary")
         if not all(isinstance(name, str) for name in state["model"]):
             raise TypeError("a weight's name is not text")
+        if sum(_bytes(weight) for weight in state["model"].values()) > SHARED * os.fstat(file.fileno()).st_size:
+            raise ValueError("its weights are many times as large as the file")
     except Exception as error:  # bytes that are no checkpoint end in any of a dozen errors
         refused = re.search(r"(?i)unsupported (?:global: GLOBAL|global|class) (\S+)", str(error))
         if refused:
@@ -62,13 +97,25 @@ def read(file: IO[bytes], torch_load: Callable[..., Any] = torch.load, forgets: 
         if "weights_only" in reason:  # torch's advice is to read it by running what it names
             reason = "it is not made of tensors and plain data"
         raise AdminError(f"{file.name} is not a fairseq checkpoint ({reason[:200]})") from error
-    try:
+    with naming(file.name):
         for name in ("args", "cfg"):
             if state.get(name) is not None:
-                state[name] = checked(state[name], forgets)
-    except AdminError as error:
-        raise AdminError(f"{file.name}: {error}") from error
+                state[name] = guard.checked(state[name], forgets)
+        if forgets:
+            _check_sizes(state)
     return state
+
+
+def _bytes(weight: Any) -> int:
+    return weight.numel() * weight.element_size() if isinstance(weight, torch.Tensor) else 0
+
+
+def _check_sizes(state: State) -> None:
+    """Of what fairseq is about to build, if it is a Transformer."""
+    if state.get("args") is not None or state.get("cfg") is not None:
+        args = settings(state)
+        if checks.is_transformer(args.arch):
+            checks.check_settings(args, state["model"], checks.check_weights(state["model"]))
 
 
 def settings(state: State) -> argparse.Namespace:
@@ -79,6 +126,11 @@ def settings(state: State) -> argparse.Namespace:
     Raises:
         AdminError: there are none, or their names are not text.
     """
+    with building("model"):  # of whatever shape its sections are
+        return _settings(state)
+
+
+def _settings(state: State) -> argparse.Namespace:
     args, cfg = state.get("args"), state.get("cfg")
     if isinstance(args, (dict, argparse.Namespace)):
         return _namespace(args if isinstance(args, dict) else vars(args))
@@ -99,7 +151,9 @@ def settings(state: State) -> argparse.Namespace:
 def _namespace(options: Any) -> argparse.Namespace:
     if not all(isinstance(name, str) for name in options):
         raise AdminError("its settings have names that are not text")
-    return argparse.Namespace(**{**options, **{name: FORGOTTEN[name] for name in FORGOTTEN if name in options}})
+    return argparse.Namespace(
+        **{"arch": None, **options, **{name: value for name, value in guard.FORGOTTEN.items() if name in options}}
+    )
 
 
 def save(state: State, path: str) -> None:

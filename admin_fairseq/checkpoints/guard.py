@@ -133,7 +133,7 @@ class _Settings:
             return value
         if value is None or isinstance(value, (bool, int, float)):
             return value
-        if isinstance(value, (list, tuple, set)):
+        if isinstance(value, (list, tuple)):
             return type(value)([self.checked(each, name, level + 1) for each in value])
         if isinstance(value, (dict, Namespace)):
             # as fold writes them: fairseq asks for the attributes of a dictionary that has some
