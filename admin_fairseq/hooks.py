@@ -13,12 +13,15 @@ from multiprocessing.util import Finalize
 from typing import Any, Callable, Sequence
 
 import torch
+from fairseq import checkpoint_utils
 from fairseq.logging import progress_bar
 from fairseq.sequence_generator import EnsembleModelWithAlignment
 from fairseq.trainer import Trainer
 
 from admin_fairseq import fast, old_numpy, save_dir
-from admin_fairseq.checkpoints.files import SAFE_GLOBALS
+from admin_fairseq.checkpoints.files import read
+from admin_fairseq.checkpoints.guard import guard_fairseq
+from admin_fairseq.checkpoints.unpickling import SAFE_GLOBALS, SENT_GLOBALS
 from admin_fairseq.errors import AdminError
 from admin_fairseq.metrics import log_omega, without_omega
 from admin_fairseq.model import AdminModel
@@ -37,13 +40,16 @@ def install() -> None:
     for bar in (progress_bar.BaseProgressBar, progress_bar.JsonProgressBar):
         _wrap(bar, "_format_stats", _format_without_omega)
 
+    _wrap(checkpoint_utils, "load_checkpoint_to_cpu", _load_as_data)
+    guard_fairseq()
     old_numpy.install()
     if torch.__version__ >= "2.6":
         # from here on torch.load refuses classes that are not listed
-        torch.serialization.add_safe_globals([(kind, name) for name, kind in SAFE_GLOBALS.items()])
+        listed = {**SAFE_GLOBALS, **SENT_GLOBALS}
+        torch.serialization.add_safe_globals([(kind, name) for name, kind in listed.items()])
 
 
-def _wrap(kind: type, name: str, function: Callable[..., Any]) -> None:
+def _wrap(kind: Any, name: str, function: Callable[..., Any]) -> None:
     """Call ``function(method, self, ...)`` in the place of ``method(self, ...)``."""
     method = getattr(kind, name)
 
@@ -52,6 +58,21 @@ def _wrap(kind: type, name: str, function: Callable[..., Any]) -> None:
         return function(method, *args, **options)
 
     setattr(kind, name, wrapped)
+
+
+def _load_as_data(load_checkpoint_to_cpu: Callable[..., Any], path: str, *args: Any, **options: Any) -> Any:
+    """fairseq's loading, with a checkpoint's settings checked before it evaluates any; with any torch, as data."""
+    torch_load = torch.load
+    torch.load = lambda file, **_: read(file, torch_load, forgets=True)
+    try:
+        return load_checkpoint_to_cpu(path, *args, **options)
+    except (AdminError, OSError):
+        raise
+    except Exception as error:  # of whatever is missing in what fairseq upgrades
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise AdminError(f"{path} is not a checkpoint that this fairseq reads ({what})") from error
+    finally:
+        torch.load = torch_load
 
 
 def _start_omega_then_build_optimizer(build_optimizer: Callable[[Trainer], None], trainer: Trainer) -> None:
