@@ -2,7 +2,7 @@
 . "$(dirname "$0")/../common/train.sh"
 
 hyper_parameters 7e-4 6000 0.3 1e-4 4096 4096 90
-setting RDROP 0 "R-Drop's alpha, 5 in its paper; 0 trains without"
+setting RDROP 0 "R-Drop's alpha, 5 in its paper; 0 trains without" decimal
 
 options=()
 if [ "$RDROP" != 0 ]; then
