@@ -9,14 +9,16 @@ checkpoint, if any, has been restored.
 from __future__ import annotations
 
 import functools
+from argparse import ArgumentParser
 from typing import Any, Callable, Sequence
 
 import torch
+from fairseq import options
 from fairseq.logging import progress_bar
 from fairseq.sequence_generator import EnsembleModelWithAlignment
 from fairseq.trainer import Trainer
 
-from admin_fairseq import fast, old_numpy
+from admin_fairseq import fast, hints, old_numpy
 from admin_fairseq.checkpoints.files import SAFE_GLOBALS
 from admin_fairseq.errors import AdminError
 from admin_fairseq.metrics import log_omega, without_omega
@@ -36,13 +38,14 @@ def install() -> None:
     for bar in (progress_bar.BaseProgressBar, progress_bar.JsonProgressBar):
         _wrap(bar, "_format_stats", _format_without_omega)
 
+    _wrap(options, "parse_args_and_arch", _parse_with_hints)
     old_numpy.install()
     if torch.__version__ >= "2.6":
         # from here on torch.load refuses classes that are not listed
         torch.serialization.add_safe_globals([(kind, name) for name, kind in SAFE_GLOBALS.items()])
 
 
-def _wrap(kind: type, name: str, function: Callable[..., Any]) -> None:
+def _wrap(kind: Any, name: str, function: Callable[..., Any]) -> None:
     """Call ``function(method, self, ...)`` in the place of ``method(self, ...)``."""
     method = getattr(kind, name)
 
@@ -51,6 +54,13 @@ def _wrap(kind: type, name: str, function: Callable[..., Any]) -> None:
         return function(method, *args, **options)
 
     setattr(kind, name, wrapped)
+
+
+def _parse_with_hints(parse: Callable[..., Any], parser: ArgumentParser, *args: Any, **arguments: Any) -> Any:
+    hints.give(parser)
+    parsed = parse(parser, *args, **arguments)
+    hints.check(parsed[0] if isinstance(parsed, tuple) else parsed)
+    return parsed
 
 
 def _start_omega_then_build_optimizer(build_optimizer: Callable[[Trainer], None], trainer: Trainer) -> None:
