@@ -9,16 +9,17 @@ checkpoint, if any, has been restored.
 from __future__ import annotations
 
 import functools
+from argparse import ArgumentParser
 from multiprocessing.util import Finalize
 from typing import Any, Callable, Sequence
 
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, options
 from fairseq.logging import progress_bar
 from fairseq.sequence_generator import EnsembleModelWithAlignment
 from fairseq.trainer import Trainer
 
-from admin_fairseq import fast, old_numpy, save_dir
+from admin_fairseq import fast, hints, old_numpy, save_dir
 from admin_fairseq.checkpoints.files import read
 from admin_fairseq.checkpoints.guard import guard_fairseq
 from admin_fairseq.checkpoints.unpickling import SAFE_GLOBALS, SENT_GLOBALS
@@ -42,6 +43,7 @@ def install() -> None:
 
     _wrap(checkpoint_utils, "load_checkpoint_to_cpu", _load_as_data)
     guard_fairseq()
+    _wrap(options, "parse_args_and_arch", _parse_with_hints)
     old_numpy.install()
     if torch.__version__ >= "2.6":
         # from here on torch.load refuses classes that are not listed
@@ -73,6 +75,13 @@ def _load_as_data(load_checkpoint_to_cpu: Callable[..., Any], path: str, *args: 
         raise AdminError(f"{path} is not a checkpoint that this fairseq reads ({what})") from error
     finally:
         torch.load = torch_load
+
+
+def _parse_with_hints(parse: Callable[..., Any], parser: ArgumentParser, *args: Any, **arguments: Any) -> Any:
+    hints.give(parser)
+    parsed = parse(parser, *args, **arguments)
+    hints.check(parsed[0] if isinstance(parsed, tuple) else parsed)
+    return parsed
 
 
 def _start_omega_then_build_optimizer(build_optimizer: Callable[[Trainer], None], trainer: Trainer) -> None:

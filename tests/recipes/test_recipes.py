@@ -329,7 +329,11 @@ def test_help_and_bad_arguments(recipe, name, tmp_path):
     ("recipe", "settings", "expected"),
     [
         ("iwslt14_de_en", {"GPUS": "1"}, ["--max-tokens 4096 --update-freq 1", "--lr 7e-4", "--warmup-updates 6000"]),
-        ("wmt14_en_de", {"GPUS": "4"}, ["--max-tokens 8192 --update-freq 1", "--distributed-world-size 4", "--init-weights authors"]),
+        (
+            "wmt14_en_de",
+            {"GPUS": "4"},
+            ["--max-tokens 8192 --update-freq 1", "--distributed-world-size 4", "--init-weights authors"],
+        ),
         ("wmt14_en_de", {"GPUS": "3"}, ["--max-tokens 5461 --update-freq 2"]),
         ("wmt14_en_de", {"GPUS": "1"}, ["--max-tokens 8192 --update-freq 4", "--fp16"]),
         ("wmt14_en_fr", {"GPUS": "8"}, ["--max-tokens 8000 --update-freq 10", "--lr 7e-4", "--dropout 0.1"]),
