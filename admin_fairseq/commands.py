@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import os
 import zipfile
-from typing import Iterator
 
 from tqdm import tqdm
 
@@ -23,7 +21,7 @@ from admin_fairseq.checkpoints.fold import fold, unfold
 from admin_fairseq.checkpoints.verify import compare
 from admin_fairseq.errors import AdminError
 from admin_fairseq.files import json_text, refuse_output
-from admin_fairseq.profile_file import read_profile
+from admin_fairseq.profile_file import Profile, read_profile
 
 PROFILE = "admin_profile.json"  # in a run's folder
 
@@ -50,30 +48,25 @@ def run_analyze(args: argparse.Namespace) -> None:
     importlib.import_module(f"admin_fairseq.analysis.{args.analysis}").main(args)
 
 
-@contextlib.contextmanager
-def _named(path: str) -> Iterator[None]:
-    """Errors of functions that do not know the file's name get it."""
-    try:
-        yield
-    except AdminError as error:
-        raise AdminError(f"{path}: {error}") from error
-
-
 def run_show(args: argparse.Namespace) -> None:
     """Of a checkpoint also the first omega, if the profile still lies in its folder."""
+    start: Profile | None
     file = _in_run(args.file) if os.path.isdir(args.file) else args.file
     if file.endswith(".pt") or zipfile.is_zipfile(file):  # torch.save writes zip archives
         profile = os.path.join(os.path.dirname(file), PROFILE)
         weights = files.load(file)["model"]
-        table = show.from_weights(weights, read_profile(profile) if os.path.exists(profile) else None)
+        start = read_profile(profile) if os.path.exists(profile) else None
+        table = show.from_weights(weights, start)
     else:
-        table = show.from_profile(read_profile(file))
+        start = read_profile(file)
+        table = show.from_profile(start)
     if not table:
         raise AdminError(f"{file} holds no omega: it is not of an Admin model")
+    margin = {} if start is None else {"margin": start.margin}
     if args.json:
-        print(json_text(table), end="")
+        print(json_text({**margin, **table}), end="")
     else:
-        print(f"{file}\n" * (file != args.file) + show.text(table), end="")
+        print(f"{file}\n" * (file != args.file) + show.text(table, **margin), end="")
 
 
 def _in_run(folder: str) -> str:
@@ -86,7 +79,7 @@ def _in_run(folder: str) -> str:
 
 def run_import(args: argparse.Namespace) -> None:
     refuse_output(args.input, args.output)
-    state = files.load(args.input)
+    state = files.load(args.input, checked=False)
     try:
         state = convert(state)
     except AdminError as error:
@@ -101,8 +94,8 @@ def run_import(args: argparse.Namespace) -> None:
 
 def run_fold(args: argparse.Namespace) -> None:
     refuse_output(args.input, args.output)
-    state = files.load(args.input)
-    with _named(args.input):
+    state = files.load(args.input, finite=True)
+    with files.naming(args.input):
         folded = fold(state, args.untie, args.keep_optimizer)
     if args.verify is not None:
         found = compare(state, folded, args.verify, args.sentences, args.untie)
@@ -115,8 +108,8 @@ def run_fold(args: argparse.Namespace) -> None:
 
 def run_unfold(args: argparse.Namespace) -> None:
     refuse_output(args.input, args.output)
-    state = files.load(args.input)
-    with _named(args.input):
+    state = files.load(args.input, finite=True)
+    with files.naming(args.input):
         unfolded = unfold(state, args.keep_optimizer)
     files.save(unfolded, args.output)
     print(f"{args.output}: {args.input} as a {unfolded['args'].arch} with omega 1")
@@ -124,9 +117,9 @@ def run_unfold(args: argparse.Namespace) -> None:
 
 def run_deepen(args: argparse.Namespace) -> None:
     refuse_output(args.input, args.output)
-    state = files.load(args.input)
+    state = files.load(args.input, finite=True)
     layers = {"encoder": args.encoder_layers, "decoder": args.decoder_layers}
-    with _named(args.input):
+    with files.naming(args.input):
         deeper, changes = deepen(state, args.data, layers, args.change)
     files.save(deeper, args.output)
     depths = [f"{stack} {change.old} to {change.new} layers" for stack, change in changes.items()]
@@ -149,5 +142,5 @@ def run_average(args: argparse.Namespace) -> None:
     else:
         paths = select(paths[0], count, by_update, args.checkpoint_upper_bound)
     read = tqdm(paths, desc="averaging", unit="checkpoint", delay=3)
-    files.save(average((path, files.load(path)) for path in read), args.output)
+    files.save(average((path, files.load(path, finite=True)) for path in read), args.output)
     print(f"{args.output}: the average of {', '.join(paths)}")

@@ -10,21 +10,24 @@ from __future__ import annotations
 
 import functools
 from argparse import ArgumentParser
+from multiprocessing.util import Finalize
 from typing import Any, Callable, Sequence
 
 import torch
-from fairseq import options
+from fairseq import checkpoint_utils, options
 from fairseq.logging import progress_bar
 from fairseq.sequence_generator import EnsembleModelWithAlignment
 from fairseq.trainer import Trainer
 
-from admin_fairseq import fast, hints, old_numpy
-from admin_fairseq.checkpoints.files import SAFE_GLOBALS
+from admin_fairseq import fast, hints, old_numpy, save_dir
+from admin_fairseq.checkpoints.files import read
+from admin_fairseq.checkpoints.guard import guard_fairseq
+from admin_fairseq.checkpoints.unpickling import SAFE_GLOBALS, SENT_GLOBALS
 from admin_fairseq.errors import AdminError
 from admin_fairseq.metrics import log_omega, without_omega
 from admin_fairseq.model import AdminModel
 from admin_fairseq.rules import FULLY_SHARDED, RuledModel
-from admin_fairseq.start import start_omega
+from admin_fairseq.start import from_first_worker, start_omega
 
 
 def install() -> None:
@@ -39,10 +42,13 @@ def install() -> None:
         _wrap(bar, "_format_stats", _format_without_omega)
 
     _wrap(options, "parse_args_and_arch", _parse_with_hints)
+    _wrap(checkpoint_utils, "load_checkpoint_to_cpu", _load_as_data)
+    guard_fairseq()
     old_numpy.install()
     if torch.__version__ >= "2.6":
         # from here on torch.load refuses classes that are not listed
-        torch.serialization.add_safe_globals([(kind, name) for name, kind in SAFE_GLOBALS.items()])
+        listed = {**SAFE_GLOBALS, **SENT_GLOBALS}
+        torch.serialization.add_safe_globals([(kind, name) for name, kind in listed.items()])
 
 
 def _wrap(kind: Any, name: str, function: Callable[..., Any]) -> None:
@@ -63,7 +69,23 @@ def _parse_with_hints(parse: Callable[..., Any], parser: ArgumentParser, *args: 
     return parsed
 
 
+def _load_as_data(load_checkpoint_to_cpu: Callable[..., Any], path: str, *args: Any, **options: Any) -> Any:
+    """fairseq's loading, with a checkpoint's settings checked before it evaluates any; with any torch, as data."""
+    torch_load = torch.load
+    torch.load = lambda file, **_: read(file, torch_load, forgets=True)
+    try:
+        return load_checkpoint_to_cpu(path, *args, **options)
+    except (AdminError, OSError):
+        raise
+    except Exception as error:  # of whatever is missing in what fairseq upgrades
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise AdminError(f"{path} is not a checkpoint that this fairseq reads ({what})") from error
+    finally:
+        torch.load = torch_load
+
+
 def _start_omega_then_build_optimizer(build_optimizer: Callable[[Trainer], None], trainer: Trainer) -> None:
+    _claim_save_dir(trainer)
     model = trainer.get_model()
     if isinstance(model, AdminModel):
         trainer.model  # noqa: B018  (with several workers, wrapping is what moves the model to its device)
@@ -73,6 +95,19 @@ def _start_omega_then_build_optimizer(build_optimizer: Callable[[Trainer], None]
     build_optimizer(trainer)
     if isinstance(model, AdminModel):
         fast.apply_to_trainer(trainer, model.admin_fast)
+
+
+def _claim_save_dir(trainer: Trainer) -> None:
+    """Before anything is written there; given back when the trainer goes, or its process ends."""
+    checkpoint = trainer.cfg.checkpoint
+    if checkpoint.no_save or hasattr(trainer, "has_claimed_save_dir"):
+        return
+    trainer.has_claimed_save_dir = True
+
+    def claim() -> None:
+        Finalize(trainer, save_dir.claim(checkpoint.save_dir), exitpriority=0)
+
+    from_first_worker(trainer, claim)
 
 
 def _log_omega_then_begin_epoch(begin_epoch: Callable[[Trainer, int], None], trainer: Trainer, epoch: int) -> None:

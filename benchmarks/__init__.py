@@ -1,6 +1,7 @@
 """Benchmarks, each run from the repository's root: ``python -m benchmarks.compare --help``, and so on.
 
   compare  methods side by side, each at its own best learning rate
+  significance  whether a difference in BLEU is more than the choice of test sentences
   claims   which optimizers train a Transformer, and how much warmup it needs; runs of compare
   speed    step time, memory and generation beside stock fairseq; its worker measures the models of one depth
   kernel   the sub-layer's LayerNorm alone

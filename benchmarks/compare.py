@@ -5,10 +5,14 @@
 
 Every combination is one run of fairseq-train in a folder of its own under DIR. For each method and depth, the learning
 rate and warmup with the lowest mean validation perplexity over the seeds are the best, and only these runs translate
-the test set. DIR gets table.md, compare.csv (one row per run), compare.png (training perplexity of the best) and lr.png
-(validation perplexity by learning rate). Give the same command again to go on after an interruption; with more methods,
-depths, rates, warmups or seeds it trains what is missing. Each run keeps its weights, without optimizer state, on the
-disk.
+the test set. DIR gets table.md, compare.csv (one row per run), significance.csv, compare.png (training perplexity of
+the best) and lr.png (validation perplexity by learning rate). Give the same command again to go on after an
+interruption; with more methods, depths, rates, warmups or seeds it trains what is missing. Each run keeps its weights,
+without optimizer state, and its translations on the disk.
+
+Each method's translations are compared by sacrebleu's paired bootstrap with those of the best of --baselines at that
+depth, the one with the highest BLEU. COMET=MODEL.ckpt in the environment adds COMET, by a model that is on this machine
+and the command comet-score of unbabel-comet. Both come also of a finished comparison, by the same command.
 
 What follows -- goes to fairseq-train: widths, --max-tokens, --optimizer and so on, the same for all. Where it does not
 say otherwise: Adam (0.9, 0.98), inverse_sqrt, dropout 0.1, label smoothing 0.1, --max-tokens 4096, one worker. Options
@@ -25,6 +29,7 @@ import fcntl
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import statistics
@@ -37,14 +42,15 @@ from typing import Any, Dict, Iterable, List, Tuple
 from admin_fairseq.architectures import METHODS
 from admin_fairseq.errors import AdminError
 from admin_fairseq.files import as_csv
-from benchmarks import divergence
+from benchmarks import divergence, significance
 from benchmarks.common import PLUGIN, comma_separated, command_line, depths, given, split_options, write
 from benchmarks.data import Data
 from benchmarks.divergence import DIVERGED, smooth
 from benchmarks.figures import panels
-from benchmarks.logs import Result, perplexity
-from benchmarks.runs import FIXED, GENERATE, Run, Runner, import_methods
+from benchmarks.logs import Result, RunError, perplexity
+from benchmarks.runs import BUILT_IN, FIXED, GENERATE, Run, Runner, import_methods
 from benchmarks.tables import markdown, number, spread
+from examples.common.score import CometError, check_comet
 
 REFUSED = {
     "--disable-validation": "the best runs are those with the lowest validation perplexity",
@@ -55,7 +61,7 @@ REFUSED = {
 }
 COLUMNS = (
     *("method", "depth", "lr", "warmup", "seed", "verdict", "update", "train_ppl", "valid_ppl", "bleu"),
-    *("ms_per_update", "memory_mb", "parameters", "seconds", "best"),
+    *("ms_per_update", "memory_mb", "parameters", "seconds", "best", "comet"),
 )
 
 
@@ -107,17 +113,45 @@ def divergences(results: list[Result]) -> str:
     return ": ".join([count, ", ".join(named)] if named else [count])
 
 
-def table(results: dict[Run, Result], args: argparse.Namespace, data: Data) -> str:
+def tests(results: dict[Run, Result], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Of each depth, every method's translations against those of its best baseline."""
+    found = []
+    for depth in args.depths:
+        systems: dict[str, dict[int, significance.Translations]] = {}
+        for (method, its_depth), runs in best(results).items():
+            folders = {run.seed: args.out / run.name for run in runs if its_depth == depth}
+            kept = {seed: folder for seed, folder in folders.items() if (folder / "generate.log").exists()}
+            systems[method] = {seed: significance.of_folder(folder) for seed, folder in kept.items()}
+        found += [{"depth": depth, **row} for row in significance.against_best(systems, args.baselines)]
+    return found
+
+
+def tests_csv(rows: list[dict[str, Any]]) -> str:
+    """One row a seed."""
+    return as_csv(
+        [
+            {**row, "seed": seed, **difference._asdict()}
+            for row in rows
+            for seed, difference in zip(row["seeds"], row["differences"])
+        ],
+        ("method", "depth", "baseline", "seed", "bleu", "above", "p"),
+    )
+
+
+def table(results: dict[Run, Result], args: argparse.Namespace, data: Data, tested: str = "") -> str:
     rows = [["method", "depth", "lr", "warmup", "train ppl", "valid ppl", "BLEU", "diverged", "of the grid"]]
+    rows[0][7:7] = ["COMET x 100"] if args.comet else []
     rows[0] += ["ms/update", "memory MB"]
     found = grouped(results, "method", "depth")
     for (method, depth), every in found.items():
         runs = best(results)[method, depth]
-        own = {column: [results[run][column] for run in runs] for column in COLUMNS[7:-1]}
+        own = {column: [results[run][column] for run in runs] for column in COLUMNS[7:-2]}
         bad = sum(results[run]["verdict"] in DIVERGED for run in every)
         edge = " (edge)" if len(args.lr) > 1 and runs[0].lr in (min(args.lr), max(args.lr)) else ""
         row = [method, depth, f"{runs[0].lr:g}{edge}", str(runs[0].warmup)]
         row += [spread(own["train_ppl"]), spread(own["valid_ppl"]), spread(own["bleu"])]
+        comets = [results[run].get("comet") for run in runs]
+        row += [spread([value and 100 * value for value in comets])] if args.comet else []
         row += [divergences([results[run] for run in runs]), f"{bad} of {len(every)}"]
         known = {column: [value for value in own[column] if value] for column in ("ms_per_update", "memory_mb")}
         rows.append([*row, *(f"{statistics.median(values):.0f}" if values else "-" for values in known.values())])
@@ -139,8 +173,10 @@ def table(results: dict[Run, Result], args: argparse.Namespace, data: Data) -> s
             f"{seeds}, {args.updates} updates each, at the learning rate and warmup with the lowest mean validation",
             f"perplexity. 'Of the grid' counts divergences at all of them ({len(results)} of {grid} runs finished).",
             *caveats,
+            *(["", tested, ""] if tested else []),
             f"Perplexity without input: {data.unigram:.1f} (unigram), {data.positional:.1f} (positional).",
             f"BLEU is tokenised; decoding: {decoding}.",
+            *([f"COMET of detokenised text, by {args.comet}."] if args.comet else []),
             f"Data: {data.source}-{data.target}, {data.pairs:,} pairs, {data.tokens:,} target tokens"
             f" (fingerprint {data.fingerprint}).",
             *sorted({f"{result['environment']}." for result in results.values()}),
@@ -151,9 +187,9 @@ def table(results: dict[Run, Result], args: argparse.Namespace, data: Data) -> s
     )
 
 
-def write_tables(results: dict[Run, Result], args: argparse.Namespace, data: Data) -> str:
+def write_tables(results: dict[Run, Result], args: argparse.Namespace, data: Data, tested: str = "") -> str:
     """Write compare.csv and table.md, and return the second."""
-    text = table(results, args, data)
+    text = table(results, args, data, tested)
     write(args.out / "compare.csv", table_csv(results))
     write(args.out / "table.md", text)
     return text
@@ -217,7 +253,28 @@ def train_and_translate(runner: Runner, runs: list[Run]) -> dict[Run, Result]:
             results[run]["bleu"] = round(score, 2)
             write(args.out / run.name / "result.json", json.dumps(results[run]))
             print(f"{run.name}: BLEU {score:.1f}", flush=True)
+        if args.comet:
+            score_by_comet(runner, results)
     return {run: results[run] for run in runs if run in results}
+
+
+def score_by_comet(runner: Runner, results: dict[Run, Result]) -> None:
+    """Of the best runs that have translated, those that this model has not scored; one at a time, as it is large."""
+    for run in [run for group in best(results).values() for run in group]:
+        result, model = results[run], runner.args.comet
+        if result["bleu"] is None or result.get("comet_model") == model:
+            continue
+        try:
+            result.update(comet=runner.comet(run), comet_model=model)
+        except RunError as error:
+            raise AdminError(f"{error}; without COMET the same command goes on") from None
+        write(runner.args.out / run.name / "result.json", json.dumps(result))
+        print(f"{run.name}: COMET {result['comet']:.4f}", flush=True)
+
+
+def is_baseline(method: str) -> bool:
+    """Whether it is neither Admin nor the user's own."""
+    return method in BUILT_IN and not method.startswith("admin")
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -263,9 +320,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--out", type=Path, required=True, help="folder for everything written")
     option("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
     option("--threads", type=int, default=1, help="CPU threads of each run (%(default)s)")
+    option("--baselines", type=methods, help="of --methods (default: those of this plugin that are not Admin's)")
     option("--no-bleu", action="store_true", help="do not translate the test set")
     args = parser.parse_args(argv)
-    args.extra = extra
+    args.extra, args.comet = extra, None if args.no_bleu else os.environ.get("COMET")
+    if args.baselines is None:
+        args.baselines = [method for method in args.methods if is_baseline(method.split()[0])]
+    for method in args.baselines:
+        if method not in args.methods:
+            parser.error(f"--baselines: {method} is not among --methods")
     variants = [method.split() for method in args.methods]
     for before, words in (("--", extra), *((name, options) for name, *options in variants)):
         for word in FIXED.split():
@@ -289,6 +352,11 @@ def main() -> None:
     data = Data(args.data, args.extra)
     if not (args.no_bleu or data.test):
         raise AdminError(f"{args.data} has no binarised test set to translate; give --no-bleu to do without")
+    if args.comet:
+        try:
+            check_comet(args.comet)  # before hours of training
+        except CometError as error:
+            raise AdminError(str(error)) from None
     grid = itertools.product(args.depths, args.methods, args.lr, args.warmup, args.seeds)
     runs = [Run(method, depth, lr, warmup, seed) for depth, method, lr, warmup, seed in grid]
     try:
@@ -314,7 +382,9 @@ def main() -> None:
         results = train_and_translate(runner, runs)
         if not results:
             raise AdminError("no run finished")
-        text = write_tables(results, args, data)
+        tested = [] if args.no_bleu else tests(results, args)
+        text = write_tables(results, args, data, significance.table(tested))
+        write(args.out / "significance.csv", tests_csv(tested))
         curves = panels(training_curves(results), data.unigram, "update", "training perplexity")
         write(args.out / "compare.png", curves)
         rates = panels(by_rate(results), data.unigram, "learning rate", "validation perplexity", ticks=args.lr)

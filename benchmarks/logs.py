@@ -6,7 +6,7 @@ import json
 import math
 import re
 import statistics
-from typing import Any, Dict
+from typing import Any, Dict, NamedTuple
 
 from benchmarks.divergence import final_loss, judge
 from examples.common.score import sentences, tokenised_bleu
@@ -69,8 +69,21 @@ def read_log(lines: list[tuple[float, str]], memory: float | None, positional: f
     }
 
 
+class Translations(NamedTuple):
+    """A test set and what was made of it, tokenised, a line a sentence."""
+
+    sources: list[str]
+    references: list[str]
+    hypotheses: list[str]
+
+
+def translations(log: str) -> Translations:
+    """From fairseq-generate's output, in the test set's order."""
+    sides = [sentences(log, kind) for kind in "STH"]
+    return Translations(*([side[number] for number in sorted(sides[-1])] for side in sides))
+
+
 def bleu(log: str) -> float:
     """Tokenised BLEU of fairseq-generate's output."""
-    references, hypotheses = sentences(log, "T"), sentences(log, "H")
-    lines = [hypotheses[number] for number in references]
-    return tokenised_bleu().corpus_score(lines, [list(references.values())]).score
+    found = translations(log)
+    return tokenised_bleu().corpus_score(found.hypotheses, [found.references]).score

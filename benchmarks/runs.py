@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 from fairseq.utils import import_user_module
+from sacremoses import MosesDetokenizer
 
 from admin_fairseq.architectures import METHODS
 from admin_fairseq.errors import AdminError
 from benchmarks.common import PLUGIN, child_environment, given, peak_memory, versions_and_hardware, write
 from benchmarks.data import Data, fingerprint
 from benchmarks.logs import Result, RunError, bleu, read_log
+from benchmarks.significance import of_folder
+from examples.common.score import CometError, comet
 
 # a line is left out where the user gives its first option: fairseq-train knows the others only beside it
 DEFAULTS = """
@@ -223,3 +226,19 @@ class Runner:
             *(*GENERATE.split(), *(["--cpu"] if given("--cpu", self.options(run)) else [])),
         )
         return bleu("".join(line for _, line in lines))
+
+    def comet(self, run: Run) -> float:
+        """COMET of what translate left, detokenised.
+
+        Raises:
+            RunError: it could not be computed.
+        """
+        found, data = of_folder(self.args.out / run.name), self.data
+        source, target = (MosesDetokenizer(lang=language) for language in (data.source, data.target))
+        sides = zip((source, target, target), (found.sources, found.hypotheses, found.references))
+        try:
+            return comet(
+                self.args.comet, *([words.detokenize(line.split()) for line in lines] for words, lines in sides)
+            )
+        except CometError as error:
+            raise RunError(str(error)) from None

@@ -39,7 +39,6 @@ from admin_fairseq.analysis.subject import (
     method_name,
     parse,
     subjects,
-    use_xavier,
 )
 from admin_fairseq.errors import DATA_HINT, AdminError
 from admin_fairseq.files import aligned
@@ -178,8 +177,6 @@ def random_case(arch: str, stack: str, seed: int, args: argparse.Namespace) -> C
     task = TranslationTask(cfg.task, words, words)
     model = task.build_model(cfg.model)
     check_layers(model)
-    if args.ffn_init == "xavier":
-        use_xavier(model)
     device = "cuda" if torch.cuda.is_available() and not cfg.common.cpu else "cpu"
     generator = torch.Generator().manual_seed(seed)
     draw = torch.randint(words.nspecial, len(words), (3, SENTENCES, LENGTH), generator=generator).to(device)
@@ -210,7 +207,7 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[Case, list[int]]]:
     """What to measure, each with the seeds of its noise: of one model many, of each random stack a few."""
     if is_given(args):
         seeds = list(range(1, DRAWS * args.seeds + 1))
-        models = subjects(args.path, args.arch, args.rest, ffn_init=args.ffn_init)
+        models = subjects(args.path, args.arch, args.rest)
         count = 2 * len(args.path) or len(args.arch or DEFAULT_ARCHS)
         for subject in tqdm(models, desc="amplification", total=count, unit="model", delay=3):
             name = subject.label if args.path else subject.method
@@ -244,7 +241,7 @@ def main(args: argparse.Namespace) -> None:
             per_layer = len(norms_of(case.module.layers[0]))
             updates[key] = {n * per_layer: by_update(case, n, LR) for n in _few(deepest)}
         sizes[case.stack] = {"width": case.module.layers[0].embed_dim, "positions": _positions(case)}
-    settings = {"noise": args.noise, "lr": LR, "seeds": args.seeds, "draws": DRAWS, "ffn_init": args.ffn_init}
+    settings = {"noise": args.noise, "lr": LR, "seeds": args.seeds, "draws": DRAWS, "options": args.rest}
     data = {"settings": {**settings, "stacks": sizes, "random_words": not is_given(args)}}
     for (name, stack), runs in noise.items():
         per_layer = min(updates[name, stack])

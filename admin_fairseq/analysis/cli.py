@@ -52,12 +52,6 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="ARCH",
         help="architectures at initialisation (default: transformer_postln transformer_preln transformer_admin)",
     )
-    parser.add_argument(
-        "--ffn-init",
-        choices=["fairseq", "xavier"],
-        default="fairseq",
-        help="how feed-forward weights start: as in this fairseq (default), or as in the authors' (xavier)",
-    )
 
 
 def _dependency(parser: argparse.ArgumentParser) -> None:

@@ -117,7 +117,7 @@ def main(args: argparse.Namespace) -> None:
     if args.positions < 1:
         raise AdminError(f"--positions must be at least 1, not {args.positions}")
     models = []
-    found = subjects(args.path, args.arch, args.rest, ffn_init=args.ffn_init)
+    found = subjects(args.path, args.arch, args.rest)
     count = 2 * len(args.path) or len(args.arch or DEFAULT_ARCHS)
     for subject in tqdm(found, desc="dependency", total=count, unit="model", delay=3):
         measured = residual_dependency(subject.model, subject.samples[0], args.positions)

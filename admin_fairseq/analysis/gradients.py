@@ -54,7 +54,7 @@ def main(args: Namespace) -> None:
         if not any(argument.startswith("--lr-scheduler") for argument in args.rest):
             defaults += ["--lr-scheduler", "fixed", "--warmup-updates", "0"]  # a checkpoint's warmup would go on
         rest = [*defaults, *(args.rest if optimizer == "adam" else without_adam(args.rest)), "--optimizer", optimizer]
-        for subject in subjects(args.path, args.arch, rest, ffn_init=args.ffn_init):
+        for subject in subjects(args.path, args.arch, rest):
             updates = sorted(set(args.updates)) if subject.when == BEFORE else [1]
             bar.set_postfix_str(f"{subject.label}, {optimizer}", refresh=False)
             records += [{"optimizer": optimizer, **record} for record in record_gradients(subject, updates, bar)]

@@ -62,8 +62,11 @@ def from_profile(profile: Profile) -> Table:
     return table
 
 
-def text(table: Table) -> str:
-    """Every sub-layer with its numbers and a bar as long as omega, and below what the columns say."""
+def text(table: Table, margin: float | None = None) -> str:
+    """Every sub-layer with its numbers and a bar as long as omega, and below what the columns say.
+
+    ``margin`` is that of the pre-pass, if known.
+    """
     finite = [row["omega"] for rows in table.values() for row in rows if math.isfinite(row["omega"])]
     longest = max(finite, default=1.0)
     lines: list[str] = []
@@ -71,7 +74,7 @@ def text(table: Table) -> str:
     for stack, rows in table.items():
         columns = [column for column in COLUMNS if column in rows[0]]
         shown.update(COLUMNS[column] for column in columns)
-        lines.append(f"{stack}: {len(rows)} sub-layers")
+        lines.append(f"{stack}: {len(rows)} sub-layers" + (f", margin {margin:g}" if margin is not None else ""))
         lines.append("  layer  sub-layer   " + "".join(f"{COLUMNS[column][0]:>12}" for column in columns))
         for row in rows:
             numbers = "".join(

@@ -1,6 +1,6 @@
-"""Scores of a fairseq-generate log, by sacrebleu: the papers' tokenised BLEU, detokenised BLEU and chrF.
+"""Scores of a fairseq-generate log, by sacrebleu: the papers' tokenised BLEU, detokenised BLEU, chrF; COMET if asked.
 
-    python score.py OUT TEXT LANGUAGE [--lowercase] [--compounds]
+    python score.py OUT TEXT LANGUAGE [--lowercase] [--compounds] [--comet MODEL.ckpt --source LANGUAGE]
 
 Reads OUT/generate.log and the references TEXT/{raw,tok}.test.LANGUAGE; writes OUT/{hypotheses,references}{,.tok}.txt
 and OUT/scores.json. With --lowercase the detokenised scores ignore case, as the translations have none.
@@ -10,9 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Sequence
 
 import sacrebleu
 from sacremoses import MosesDetokenizer
@@ -24,12 +29,20 @@ def sentences(log: str, kind: str) -> dict[int, str]:
     return {int(number): text for number, text in re.findall(rf"^{kind}-(\d+)\t{score}(.*)$", log, re.M)}
 
 
-def hypotheses(log: str, count: int) -> list[str]:
-    """The best hypothesis of each sentence, in the test set's order."""
+def hypotheses(log: str, count: int, messages: str = "") -> list[str]:
+    """The best hypothesis of each sentence, in the test set's order; none of those that fairseq says it left out."""
     found = sentences(log, "H")
-    if sorted(found) != list(range(count)):
+    missing = sorted(set(range(count)) - found.keys())
+    left_out = re.search(r"([\d,]+) samples have invalid sizes and will be skipped, max_positions=\((\d+),", messages)
+    if len(found) + len(missing) != count or len(missing) != (int(left_out[1].replace(",", "")) if left_out else 0):
         sys.exit(f"error: the log holds {len(found)} translations; the test set has {count} sentences")
-    return [found[number] for number in range(count)]
+    if left_out:
+        print(
+            f"note: {len(missing):,} of {count:,} sentences, or their references, have more than"
+            f" {int(left_out[2]) - 1:,} tokens; an empty line stands for their translation: line"
+            f" {', '.join(str(number + 1) for number in missing[:10])}{', ...' if len(missing) > 10 else ''}"
+        )
+    return [found.get(number, "") for number in range(count)]
 
 
 def split_compounds(line: str) -> str:
@@ -73,6 +86,51 @@ def score(
     return scores
 
 
+class CometError(Exception):
+    """COMET cannot be computed; the message is one line."""
+
+
+def check_comet(model: str) -> None:
+    """
+    Raises:
+        CometError: its package or this model is missing here.
+    """
+    if shutil.which("comet-score") is None:
+        raise CometError(
+            "COMET needs comet-score on PATH: pip install unbabel-comet, best in an environment of its own"
+        )
+    if not (model.endswith(".ckpt") and os.path.isfile(model)):
+        raise CometError(
+            f"COMET={model}: no such file; give the model.ckpt of a model that is here, none is downloaded"
+        )
+
+
+def comet(model: str, sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[str]) -> float:
+    """The mean score of detokenised lines by a model of COMET on this machine.
+
+    Its command is called, not its package, which wants a numpy and a torch of its own.
+
+    Raises:
+        CometError: it failed, or its package or this model is missing here.
+    """
+    import torch
+
+    check_comet(model)
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["comet-score", "--model", os.path.abspath(model), "--quiet", "--only_system", "--gpus"]
+        words += ["1" if torch.cuda.is_available() else "0"]
+        for option, lines in zip("str", (sources, hypotheses, references)):
+            Path(folder, option).write_text("".join(" ".join(line.split()) + "\n" for line in lines), encoding="utf-8")
+            words += [f"-{option}", os.path.join(folder, option)]
+        done = subprocess.run(words, env=offline, capture_output=True, text=True, check=False)
+    found = re.search(r"score: (-?[\d.]+)", done.stdout)
+    if done.returncode or found is None:
+        last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+        raise CometError(f"comet-score failed ({done.returncode}): {last[:300]}")
+    return float(found[1])
+
+
 def main() -> None:
     from corpus import writing  # beside this script; who imports the functions above may have no path to it
 
@@ -83,15 +141,20 @@ def main() -> None:
     parser.add_argument("--checkpoints", nargs="+", default=[], help="what was averaged, to be noted in scores.json")
     parser.add_argument("--lowercase", action="store_true", help="score without regard to case")
     parser.add_argument("--compounds", action="store_true", help="one more score, with compounds split at hyphens")
+    parser.add_argument("--comet", metavar="MODEL.ckpt", help="COMET, too, by this model; nothing is downloaded")
+    parser.add_argument("--source", metavar="LANGUAGE", help="of the text that was translated, which COMET reads")
     args = parser.parse_args()
+    if args.comet and not args.source:
+        parser.error("--comet needs --source")
 
-    def reference(kind: str) -> list[str]:
-        path = args.text / f"{kind}.test.{args.language}"
+    def text(kind: str, language: str) -> list[str]:
+        path = args.text / f"{kind}.test.{language}"
         return path.read_bytes().decode("utf-8", errors="replace").split("\n")[:-1]
 
-    texts = {"references.tok.txt": reference("tok"), "references.txt": reference("raw")}
+    texts = {f"references{name}.txt": text(kind, args.language) for name, kind in ((".tok", "tok"), ("", "raw"))}
     log = (args.out / "generate.log").read_bytes().decode("utf-8")
-    texts["hypotheses.tok.txt"] = hypotheses(log, len(texts["references.tok.txt"]))
+    messages = (args.out / "generate.err").read_bytes().decode("utf-8", errors="replace")
+    texts["hypotheses.tok.txt"] = hypotheses(log, len(texts["references.tok.txt"]), messages)
     detokenizer = MosesDetokenizer(lang=args.language)
     texts["hypotheses.txt"] = [detokenizer.detokenize(line.split()) for line in texts["hypotheses.tok.txt"]]
     scores = score(
@@ -102,13 +165,21 @@ def main() -> None:
         args.lowercase,
         args.compounds,
     )
+    failure = None
+    if args.comet:
+        try:
+            found = comet(args.comet, text("raw", args.source), texts["hypotheses.txt"], texts["references.txt"])
+            scores["COMET"] = {"score": found, "signature": args.comet, "details": ""}
+        except CometError as error:
+            failure = f"error: {error}; the other scores are complete"
     texts["scores.json"] = [json.dumps({"checkpoints": args.checkpoints, **scores}, indent=1)]
     for name, lines in texts.items():
         with writing(args.out / name) as (out,):
             out.writelines(line + "\n" for line in lines)
     for name, result in scores.items():
-        print(f"{name:32} {result['score']:6.2f}   {result['signature']}")
+        print(f"{name:32} {result['score']:{'6.4f' if name == 'COMET' else '6.2f'}}   {result['signature']}")
     print(f"details in {args.out / 'scores.json'}")
+    sys.exit(failure)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def profile_file(tmp_path):
 def test_show_profile(profile_file):
     result = run("admin-fairseq", "show", profile_file)
     assert result.code == 0, result.output
+    assert result.lines("sub-layers") == ["encoder: 2 sub-layers, margin 1", "decoder: 3 sub-layers, margin 1"]
     assert result.lines("self_attn")[0].split()[:5] == ["0", "self_attn", "1.000", "1.250", "55.6%"]
     last = result.lines("ffn")[1]
     assert last.split()[:5] == ["0", "ffn", "2.000", "1.000", "20.0%"]
@@ -54,7 +55,7 @@ def test_show_a_run(profile_file, capsys):
     """Its last checkpoint; before there is one, its profile."""
     folder = profile_file.parent
     main(["show", str(folder)])
-    assert capsys.readouterr().out.splitlines()[:2] == [str(profile_file), "encoder: 2 sub-layers"]
+    assert capsys.readouterr().out.startswith(f"{profile_file}\nencoder: 2 sub-layers")
     torch.save({"model": {"encoder.layers.0.final_layer_norm.omega": torch.ones(2)}}, folder / "checkpoint_last.pt")
     main(["show", str(folder)])
     assert capsys.readouterr().out.splitlines()[0] == str(folder / "checkpoint_last.pt")
@@ -204,7 +205,8 @@ def test_options(capsys):
     own, stock = capsys.readouterr().out.split("of fairseq's Transformer:")
     assert all(f"--{option.replace('_', '-')} " in own for option in AdminTransformer.own_options)
     assert re.search(r"--encoder-layers ENCODER_LAYERS\s+encoder: number of layers \(default: 18\)", stock)
-    assert "of this plugin" not in listing.options("transformer_lm_preln")
+    own, _ = listing.options("transformer_lm_preln").split("of fairseq's Transformer:")
+    assert re.findall(r"--[\w-]+ ", own.split("of this plugin:")[1]) == ["--init-weights "]
     with pytest.raises(AdminError, match="nearest: transformer_admin_24_6, "):
         main(["options", "transformer_admin_24_24"])
 

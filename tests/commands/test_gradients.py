@@ -103,13 +103,13 @@ def test_a_checkpoint_starts_anew_without_its_warmup_dropped_layers_and_checkpoi
     train_here("transformer_postln", data, tmp_path / "run", f"{flags} --lr-scheduler fixed --warmup-updates 100")
     path, out = str(tmp_path / "run"), tmp_path / "out"  # a folder: its checkpoint_last.pt
     arguments = ["analyze", "gradients", str(data), "--path", path, "--out", str(out), "--updates", "1"]
-    for init in ("fairseq", "xavier"):
-        main([*arguments, "--optimizers", "adam", "--cpu", "--ffn-init", init])
+    for init in ("fairseq", "authors"):
+        main([*arguments, "--optimizers", "adam", "--cpu", "--init-weights", init])
         before, after = json.loads((out / "gradients.json").read_text())["records"]
         assert (before["when"], after["when"]) == ("at initialisation", "after training")
         updates = {m["name"]: m["update"] for m in before["matrices"]}
         first, second = ("encoder.layers.1.fc1.weight", "encoder.layers.1.fc2.weight")
-        variances = {"fairseq": (1 / 96, 1 / 192), "xavier": (2 / 96, 2 / 96)}[init]  # of 32 x 64 and 64 x 32
+        variances = {"fairseq": (1 / 96, 1 / 192), "authors": (2 / 96, 2 / 96)}[init]  # of 32 x 64 and 64 x 32
         assert updates[second] == pytest.approx(1e-4 / variances[1] ** 0.5, rel=0.05)
         assert updates[first] == pytest.approx(1e-4 / variances[0] ** 0.5, rel=0.15)  # ReLU leaves some at 0
     svg = (out / "gradients_updates.svg").read_text()
@@ -193,9 +193,9 @@ def test_omega_needs_omega(data, tmp_path):
         main(["analyze", "omega", str(data), *options])
 
 
-def test_ffn_init_reaches_omega(data, tmp_path):
+def test_init_weights_reach_omega(data, tmp_path):
     omegas = []
-    for init in ("fairseq", "xavier"):
-        main(["analyze", "omega", str(data), "--out", str(tmp_path), "--ffn-init", init, *TINY, *OPTIONS])
+    for init in ("fairseq", "authors"):
+        main(["analyze", "omega", str(data), "--out", str(tmp_path), "--init-weights", init, *TINY, *OPTIONS])
         omegas.append(json.loads((tmp_path / "omega.json").read_text())["records"][0]["encoder"]["mean"])
     assert omegas[1][-1] > 1.1 * omegas[0][-1]  # wider feed-forward branches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,34 @@ def copied(finished, tmp_path):
         return tmp_path / "copy"
 
     return copy
+
+
+# As unbabel-comet's command: options, output, and a model that is no file is downloaded
+COMET_SCORE = """#!{python}
+import argparse, os, sys
+parser = argparse.ArgumentParser()
+for option in ("-s", "-t", "-r", "--model", "--gpus"):
+    parser.add_argument(option)
+for option in ("--quiet", "--only_system"):
+    parser.add_argument(option, action="store_true")
+args = parser.parse_args()
+assert os.environ["HF_HUB_OFFLINE"] == os.environ["TRANSFORMERS_OFFLINE"] == "1"
+if "broken" in args.model:
+    sys.exit("Traceback\\nRuntimeError: not a model of COMET")
+sides = [open(getattr(args, side), encoding="utf-8").read().splitlines() for side in "str"]
+assert len(sides[0]) == len(sides[1]) == len(sides[2])
+print(f"{{args.t}}\\tscore: {{sum(map(str.__eq__, *sides[1:])) / len(sides[0]):.4f}}")
+"""
+
+
+@pytest.fixture
+def comet_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of COMET, with a stand-in for its command: the share of sentences that equal the reference."""
+    command = tmp_path / "bin/comet-score"
+    command.parent.mkdir()
+    command.write_text(COMET_SCORE.format(python=sys.executable), encoding="utf-8")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    for name in ("model.ckpt", "broken.ckpt"):
+        (tmp_path / name).touch()
+    return tmp_path

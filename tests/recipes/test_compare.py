@@ -266,6 +266,7 @@ def test_panels_show_lost_runs_and_tick_labels_with_room(monkeypatch: pytest.Mon
         (["--", "--no-save"], "--no-save cannot follow --: the best runs translate"),
         (["--", "--disable-validation"], "--disable-validation cannot follow --: the best runs are"),
         (["--", "--encoder-normalize-before"], "--encoder-normalize-before cannot follow --: it would make every"),
+        (["--baselines", "postln"], "--baselines: postln is not among --methods"),
         (["--methods", "admin sqrt"], "'admin sqrt' is no method; there are admin,"),
         (["--methods", "admin,preln --lr 1"], "--lr is set by this script and cannot follow preln"),
         (["--methods", "admin --no-save"], "--no-save cannot follow admin: the best runs translate"),
@@ -346,6 +347,12 @@ def test_a_comparison(first: Any, data: Path):
     assert table in finished.stdout
     assert "| admin  | 1-1   | 0.005 | 20 " in table and "| 0 of 1   |" in table
     assert f"{levels.unigram:.1f} (unigram)" in table and "--methods postln,admin" in table and "fairseq 0.12" in table
+    # Admin's translations against the one baseline there is
+    (row,) = csv.DictReader((out / "significance.csv").read_text(encoding="utf-8").splitlines())
+    assert (row["method"], row["baseline"], row["seed"]) == ("admin", "postln", "1")
+    bleus = {row["method"]: float(row["bleu"]) for row in rows(out)}
+    assert float(row["above"]) == pytest.approx(bleus["admin"] - bleus["postln"], abs=0.01)
+    assert "| against |" in table and f"| {float(row['above']):+.1f} " in table and "Paired bootstrap" in table
     for figure in ("compare.png", "lr.png"):
         assert (out / figure).read_bytes().startswith(b"\x89PNG")
     assert not list(out.glob("*/*.tmp")) and not list(out.glob("*/checkpoint_best.pt"))
@@ -365,6 +372,32 @@ def test_going_on_with_a_rate_that_diverges(first: Any, data: Path, monkeypatch:
     assert (diverged["verdict"], diverged["best"], diverged["bleu"]) == ("non-finite", "no", "")
     assert 0 <= int(diverged["update"]) < 5
     assert "| 1 of 2 " in (out / "table.md").read_text(encoding="utf-8")
+
+
+def test_a_finished_comparison_is_scored_by_comet(first: Any, data: Path, comet_models: Path, monkeypatch: Any):
+    """Without training or decoding; nothing begins where the model is not there."""
+    out = first[0]
+    before = {file: file.stat().st_mtime_ns for file in out.glob("*/*.log")}
+    (out / "significance.csv").unlink()
+    monkeypatch.setattr(
+        sys, "argv", command(data, out, "--methods", "postln,admin", "--lr", "5e-3", "--updates", 80)[2:]
+    )
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own
+    monkeypatch.setenv("COMET", str(comet_models / "none.ckpt"))
+    with pytest.raises(AdminError, match=r"none\.ckpt: no such file"):
+        compare.main()
+    assert not (out / "significance.csv").exists()
+    monkeypatch.setenv("COMET", str(comet_models / "broken.ckpt"))
+    with pytest.raises(AdminError, match="not a model of COMET; without COMET the same command goes on"):
+        compare.main()
+    monkeypatch.setenv("COMET", str(comet_models / "model.ckpt"))
+    compare.main()
+    assert {file: file.stat().st_mtime_ns for file in out.glob("*/*.log")} == before
+    assert (out / "significance.csv").exists()
+    assert all(0 <= float(row["comet"]) <= 1 for row in rows(out) if row["bleu"])
+    assert "| COMET x 100 |" in (out / "table.md").read_text(encoding="utf-8")
+    (comet_models / "bin/comet-score").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    compare.main()  # this model has scored them
 
 
 OWN_METHOD = """

@@ -10,10 +10,10 @@ from helpers import ROOT
 
 # Files and folders, from the ground up: each imports from the rows above its own, and a folder's files from each other.
 LAYERS = [
-    "errors arguments",
-    "config files",
+    "errors weights arguments",
+    "config files save_dir",
     "norm",
-    "omega",
+    "omega family",
     "rules",
     "architectures",
     "fast optim",
