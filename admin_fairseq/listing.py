@@ -11,6 +11,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_REGI
 from admin_fairseq.architectures import DEPTHS, LM_DEPTHS, METHODS, STOCK
 from admin_fairseq.config import nearest
 from admin_fairseq.errors import AdminError
+from admin_fairseq.files import aligned
 
 
 def archs(part: str | None) -> str:
@@ -25,9 +26,7 @@ def archs(part: str | None) -> str:
     found = [name for name in ours if part in name]
     if not found:
         raise AdminError(f"no architecture has {part} in its name; the nearest: {nearest(part, ours)}")
-    rows = [("--arch", "layers", "width", "feed-forward", "heads", "options"), *map(_sizes, found)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "".join("  ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in rows)
+    return aligned([("--arch", "layers", "width", "feed-forward", "heads", "options"), *map(_sizes, found)])
 
 
 def _names(method: str) -> list[str]:

@@ -23,6 +23,12 @@ VERSION = 1  # of the profile file
 STACKS = ("encoder", "decoder")
 
 
+def sub_layer_name(norm: str) -> str:
+    """ "self_attn", "encoder_attn" or "ffn", of fairseq's name for the sub-layer's LayerNorm."""
+    kind = norm[: -len("_layer_norm")]
+    return "ffn" if kind == "final" else kind
+
+
 @dataclass
 class Profile:
     """omega's first values and what they were measured on.

@@ -11,6 +11,9 @@ import pytest
 import torch.nn.functional as F
 from fairseq import utils
 from helpers import TINY, TRAIN, built, lm_command, preprocess, write_split
+from tqdm import tqdm
+
+from admin_fairseq.analysis import amplification, dependency, gradients
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +78,21 @@ def batch(train_set):
         return train_set.collater([train_set[i] for i in chosen[start : start + count]])
 
     return batch
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """The progress bars that analyses make, which show nothing in commands as short as the tests'."""
+    made = []
+
+    class Noted(tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(self)
+
+    for module in (amplification, dependency, gradients):
+        monkeypatch.setattr(module, "tqdm", Noted)
+    return made
 
 
 @pytest.fixture

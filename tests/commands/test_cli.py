@@ -38,9 +38,31 @@ def test_show_profile(profile_file):
     assert result.code == 0, result.output
     assert result.lines("sub-layers") == ["encoder: 2 sub-layers, margin 1", "decoder: 3 sub-layers, margin 1"]
     assert result.lines("self_attn")[0].split()[:5] == ["0", "self_attn", "1.000", "1.250", "55.6%"]
-    last = result.lines("final")[1]
-    assert last.split()[:5] == ["0", "final", "2.000", "1.000", "20.0%"]
+    last = result.lines("ffn")[1]
+    assert last.split()[:5] == ["0", "ffn", "2.000", "1.000", "20.0%"]
     assert last.count("#") == 2 * result.lines("self_attn")[1].count("#")
+
+
+def test_show_explains_its_columns(profile_file, capsys):
+    """Those that are there, below the table."""
+    main(["show", str(profile_file)])
+    head, below = capsys.readouterr().out.split("\n\n")
+    assert re.findall(r"^  (\S[\w\[\] ]*?)  ", below, re.M) == ["omega", "Var[f]", "share of f"]
+    assert all(name in head.splitlines()[1] for name in ("omega", "Var[f]", "share of f"))
+
+
+def test_show_a_run(profile_file, capsys):
+    """Its last checkpoint; before there is one, its profile."""
+    folder = profile_file.parent
+    main(["show", str(folder)])
+    assert capsys.readouterr().out.startswith(f"{profile_file}\nencoder: 2 sub-layers")
+    torch.save({"model": {"encoder.layers.0.final_layer_norm.omega": torch.ones(2)}}, folder / "checkpoint_last.pt")
+    main(["show", str(folder)])
+    assert capsys.readouterr().out.splitlines()[0] == str(folder / "checkpoint_last.pt")
+    main(["show", str(folder), "--json"])
+    assert json.loads(capsys.readouterr().out)["encoder"][0]["sub_layer"] == "ffn"
+    with pytest.raises(AdminError, match=r"holds no checkpoint_last\.pt and no admin_profile\.json"):
+        main(["show", str(folder.parent)])
 
 
 def test_show_a_profile_without_the_shortcuts_variance(profile_file, capsys):
@@ -68,7 +90,7 @@ def test_show_checkpoint(profile_file, capsys):
     torch.save({"model": {**omegas, "decoder.layers.1.final_layer_norm.omega": torch.ones(2)}}, path)
     main(["show", path, "--json"])
     row = json.loads(capsys.readouterr().out)["decoder"][-1]
-    assert row == {"layer": 1, "sub_layer": "final", "omega": 1, "std": 0}
+    assert row == {"layer": 1, "sub_layer": "ffn", "omega": 1, "std": 0}
 
 
 def test_show_a_diverged_checkpoint(tmp_path, capsys):
@@ -76,7 +98,7 @@ def test_show_a_diverged_checkpoint(tmp_path, capsys):
     omegas = {"encoder.layers.0.self_attn_layer_norm.omega": torch.tensor([float("nan")])}
     torch.save({"model": {**omegas, "encoder.layers.0.final_layer_norm.omega": torch.ones(1)}}, path)
     main(["show", path])
-    first, second = capsys.readouterr().out.splitlines()[-2:]
+    first, second = capsys.readouterr().out.splitlines()[2:4]
     assert "nan" in first and first.count("#") == 0 and second.count("#") == 30
     main(["show", path, "--json"])
     assert json.loads(capsys.readouterr().out)["encoder"][0]["omega"] is None
