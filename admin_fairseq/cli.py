@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
 import warnings
 import zipfile
 
@@ -170,6 +171,8 @@ def _show(args: argparse.Namespace) -> None:
         profile = os.path.join(os.path.dirname(args.file), "admin_profile.json")
         weights = files.load(args.file)["model"]
         table = show.from_weights(weights, read_profile(profile) if os.path.exists(profile) else None)
+        for line in show.problems(weights):
+            print(f"warning: {line}", file=sys.stderr)
     else:
         table = show.from_profile(read_profile(args.file))
     if not table:

@@ -20,7 +20,7 @@ LAYERS = [
     "model methods",
     "profile_file turns",
     "profiling",
-    "start metrics checkpoints",
+    "start metrics watch checkpoints",
     "hooks",
     "__init__",  # the public face
     "analysis",
