@@ -89,8 +89,8 @@ def run_facts(args: argparse.Namespace) -> dict[str, str]:
         AdminError: an argument cannot be used.
     """
     if args.path:
-        states = {path: files.load(checkpoint_in(path)) for path in args.path}
-        options = {path: merged(files.settings(state), args.rest) for path, state in states.items()}
+        settings = {path: files.settings(files.load(checkpoint_in(path))) for path in args.path}
+        options = {path: merged(each, args.rest) for path, each in settings.items()}
         models = [f"{path}: {_size(each)}" for path, each in options.items()]
     else:
         options = {arch: parse(arch, args.rest) for arch in args.arch or DEFAULT_ARCHS}

@@ -241,8 +241,9 @@ def test_in_a_browser(folder, server, browser):
     text.fill("")
     button.click()
     shows("#status", "the text is empty")
-    assert translation.text_content() == "\n".join(expected)  # the last one stays, dimmed
+    assert translation.text_content() == "\n".join(expected)  # the last one stays, marked
     assert translation.get_attribute("class") == "old"
+    assert page.get_by_role("heading", name="Translation of an earlier text").is_visible()
     text.fill("<b>x</b>" * 12_500)
     button.click()
     shows("#status", "the text is too long: 100,000 characters of at most 5,000")
@@ -255,6 +256,7 @@ def test_in_a_browser(folder, server, browser):
     button.click()
     shows("#translation", expected[0])
     assert status.text_content() == "" and translation.get_attribute("class") == ""
+    assert page.get_by_role("heading", name="Translation", exact=True).is_visible()
     assert not errors
     assert {url.rsplit("/", 1)[0] for url in requests} == {f"http://127.0.0.1:{server.port}"}
 
