@@ -10,10 +10,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from typing import Any, Callable, NamedTuple
 
-from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import MODEL_REGISTRY, register_model, register_model_architecture, transformer_lm
 from fairseq.models.transformer import TransformerModel
 from fairseq.models.transformer import transformer_legacy as transformer
@@ -21,6 +20,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerL
 
 from admin_fairseq.config import as_namespace, refuse_unknown
 from admin_fairseq.errors import AdminError
+from admin_fairseq.family import FamilyLanguageModel, FamilyModel
 from admin_fairseq.rules import Rule, RuledModel
 
 Defaults = Callable[[Any], None]
@@ -44,15 +44,6 @@ class Method(NamedTuple):
 METHODS: dict[str, Method] = {}  # by name
 
 
-class RuledLanguageModel(RuledModel):
-    """A decoder-only model whose layers follow a rule; mixed in before fairseq's class."""
-
-    @classmethod
-    def add_args(cls, parser: ArgumentParser) -> None:
-        gen_parser_from_dataclass(parser, TransformerLanguageModelConfig(), delete_default=True)
-        cls.add_own_args(parser)
-
-
 def register_method(name: str) -> Callable[[type[Rule]], type[Rule]]:
     """A decorator that makes architectures of a :class:`~admin_fairseq.rules.Rule`: translation and language models.
 
@@ -67,21 +58,26 @@ def register_method(name: str) -> Callable[[type[Rule]], type[Rule]]:
     def register(rule: type[Rule]) -> type[Rule]:
         if not (isinstance(rule, type) and issubclass(rule, Rule)):
             raise AdminError(f'@register_method("{name}"): {rule.__name__} must be a class derived from Rule')
-        bases = {"transformer": (RuledModel, TransformerModel)}
-        bases["transformer_lm"] = (RuledLanguageModel, TransformerLanguageModel)
-        for kind, classes in bases.items():
-            body = {"rule": rule, "method": name, "__module__": rule.__module__, "__doc__": rule.__doc__}
-            model = type(f"{kind}_{name}", classes, body)
-            setattr(sys.modules[rule.__module__], model.__name__, model)  # pickle finds a class by its name
-            register_model(model.__name__)(model)
-        register_family(name, f"transformer_{name}", f"transformer_lm_{name}")
+        register_models(name, RuledModel, rule.__module__, rule=rule, __doc__=rule.__doc__)
+        register_family(name)
         return rule
 
     return register
 
 
-def register_family(method: str, translation: str, language_model: str, **options: Any) -> None:
-    """Register the architectures of a method: of these registered models, with these options by default."""
+def register_models(method: str, mixin: type[FamilyModel], module: str, **attributes: Any) -> None:
+    """Register a translation and a language model of a method, as classes of this module."""
+    bases: dict[str, tuple[type, ...]] = {"transformer": (mixin, TransformerModel)}
+    bases["transformer_lm"] = (FamilyLanguageModel, mixin, TransformerLanguageModel)
+    for kind, classes in bases.items():
+        model = type(f"{kind}_{method}", classes, {"method": method, "__module__": module, **attributes})
+        setattr(sys.modules[module], model.__name__, model)  # pickle finds a class by its name
+        register_model(model.__name__)(model)
+
+
+def register_family(method: str, models_of: str | None = None, **options: Any) -> None:
+    """Register the architectures of a method: of another method's models if that is named, these options by default."""
+    translation, language_model = (f"{kind}_{models_of or method}" for kind in ("transformer", "transformer_lm"))
     METHODS[method] = Method(translation, language_model)
     name = f"transformer_{method}"
     _register(translation, name, transformer.base_architecture, **options)
@@ -101,19 +97,18 @@ def _register(model_name: str, name: str, base: Defaults, **defaults: Any) -> No
 
     @register_model_architecture(model_name, name)
     def architecture(args: Any) -> None:
-        own = getattr(MODEL_REGISTRY[model_name], "own_options", None)  # None: fairseq's model itself
+        model = MODEL_REGISTRY[model_name]
         options = as_namespace(args)
-        if options is not args and own is not None:
+        if options is not args:
             for key in [key for key, value in vars(options).items() if value is None]:  # null: as the architecture says
                 delattr(options, key)
             stock = Namespace()
             base(stock)
             refuse_unknown(options, model_name, vars(stock))
         # base_layers: fairseq 0.12.2 looks for it in hydra's config
-        for key, value in {"base_layers": 0, **(own or {}), **defaults}.items():
+        for key, value in {"base_layers": 0, **model.own_options, **defaults}.items():
             setattr(options, key, getattr(options, key, value))
-        if own is not None:
-            MODEL_REGISTRY[model_name].check(options)
+        model.check(options)
         base(options)
         if getattr(options, "bf16", False) and importlib.util.find_spec("torch_xla") is None:
             options.tpu = False  # fairseq-train takes --bf16 for a wish for TPUs; GPUs know bf16 too

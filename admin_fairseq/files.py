@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
+import glob
 import io
 import json
 import math
 import os
+import secrets
+import stat
 from typing import IO, Any, Iterable, Iterator, Sequence
 
 from admin_fairseq.errors import AdminError
@@ -17,18 +21,67 @@ from admin_fairseq.errors import AdminError
 def writing(path: str, name: str | None = None) -> Iterator[IO[bytes]]:
     """A file to write to, renamed to ``path`` once all is well; ``name`` is what messages call it.
 
+    Until then it has a name of its own beside ``path``: of several writers each writes a whole file, and the last one's
+    stays. Where ``path`` is a symbolic link, what it points to is replaced; a file that is replaced keeps its mode.
+
     Raises:
         AdminError: it cannot be written.
     """
-    partial = f"{path}.tmp"
+    target, partial = os.path.realpath(path), None
     try:
-        with open(partial, "wb") as out:
+        fault = _fault(target)
+        if fault:
+            raise AdminError(f"cannot write {name or path}: {fault}")
+        _remove_left_overs(target)
+        partial, out = _open_partial(target)
+        with out:
+            if os.path.exists(target):
+                os.fchmod(out.fileno(), stat.S_IMODE(os.stat(target).st_mode))
             yield out
-        os.replace(partial, path)
+            out.flush()
+            os.fsync(out.fileno())  # or a loss of power could leave the name and no content
+            os.replace(partial, target)
+        partial = None
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(partial)
         raise AdminError(f"cannot write {name or path}: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        if partial is not None:
+            with contextlib.suppress(OSError):
+                os.remove(partial)
+
+
+def _open_partial(target: str) -> tuple[str, IO[bytes]]:
+    """A new file beside ``target``, locked as long as its writer lives."""
+    while True:
+        partial = f"{target}.{secrets.token_hex(4)}.tmp"
+        out = os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb")
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.exists(partial):  # another writer may have taken it for a left-over before it was locked
+            return partial, out
+        out.close()
+
+
+def _remove_left_overs(target: str) -> None:
+    """Remove what writers of ``target`` left that were killed: nobody holds a lock on it."""
+    for partial in glob.glob(f"{glob.escape(target)}.{'[0-9a-f]' * 8}.tmp"):
+        with contextlib.suppress(OSError), open(partial, "r+b") as left:
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.remove(partial)
+
+
+def _fault(target: str) -> str | None:
+    """Why a file of this name cannot be written, if that can be told before."""
+    folder = os.path.dirname(target)
+    if os.path.isdir(target):
+        return "it is a folder"
+    if os.path.exists(target) and not os.path.isfile(target):
+        return "it is a device, pipe or socket, not a file"
+    if not os.path.isdir(folder):
+        return f"there is no folder {folder}"
+    if not os.access(folder, os.W_OK) or (os.path.exists(target) and not os.access(target, os.W_OK)):
+        return "it is write-protected"
+    return None
 
 
 def refuse_output(source: str, path: str) -> None:
@@ -39,8 +92,9 @@ def refuse_output(source: str, path: str) -> None:
     """
     if os.path.realpath(source) == os.path.realpath(path):
         raise AdminError(f"{path} is the file to read; give another name to write to")
-    if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
-        raise AdminError(f"cannot write {path}: it must be a file in a folder that exists and can be written to")
+    fault = _fault(os.path.realpath(path))
+    if fault:
+        raise AdminError(f"cannot write {path}: {fault}")
 
 
 def json_text(data: Any) -> str:
@@ -54,6 +108,12 @@ def json_text(data: Any) -> str:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps(plain(data), indent=1, allow_nan=False) + "\n"
+
+
+def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> str:
+    """A table of text, each head over its column."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "".join(indent + "  ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in rows)
 
 
 def as_csv(rows: Sequence[dict[str, Any]], columns: Iterable[str] | None = None) -> str:

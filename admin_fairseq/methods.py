@@ -3,7 +3,7 @@
 x is a sub-layer's input, f its residual branch after dropout, LN the sub-layer's LayerNorm, N and M the number of
 encoder and decoder layers. Post-LN is LN(x + f); each method below changes that rule or how weights start, and
 @register_method makes architectures of it. docs/extending.md says how to add one, here or in a folder of your own.
-Post-LN and Pre-LN themselves are fairseq's own models, and the closed forms, fixed and scalar omega are options of
+Post-LN and Pre-LN themselves are fairseq's own layers, and the closed forms, fixed and scalar omega are options of
 Admin (:mod:`admin_fairseq.model`).
 """
 
@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from admin_fairseq.architectures import register_family, register_method
+from admin_fairseq.architectures import register_family, register_method, register_models
 from admin_fairseq.errors import AdminError
+from admin_fairseq.family import FamilyModel
 from admin_fairseq.rules import Rule
 
 for _method, _is_pre_ln in (("postln", False), ("preln", True)):
-    _normalize_before = {"encoder_normalize_before": _is_pre_ln, "decoder_normalize_before": _is_pre_ln}
-    register_family(_method, "transformer", "transformer_lm", **_normalize_before)
+    _normalize_before: dict[str, Any] = {"encoder_normalize_before": _is_pre_ln, "decoder_normalize_before": _is_pre_ln}
+    register_models(_method, FamilyModel, __name__)
+    register_family(_method, **_normalize_before)
 
 
 @register_method("rezero_postln")

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from argparse import ArgumentParser, Namespace
 from typing import Any, ClassVar
@@ -18,17 +19,21 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from torch import Tensor, nn
 
 from admin_fairseq import fast
-from admin_fairseq.architectures import RuledLanguageModel, register_family
+from admin_fairseq.architectures import register_family
 from admin_fairseq.errors import AdminError
+from admin_fairseq.family import FamilyLanguageModel, refuse_other
 from admin_fairseq.norm import OmegaLayerNorm
-from admin_fairseq.omega import CLOSED_FORMS, closed_form, depends_on_depth, set_omega, sub_layers
+from admin_fairseq.omega import CLOSED_FORMS, MARGIN, closed_form, depends_on_depth, set_omega, sub_layers
 from admin_fairseq.rules import FAST_PATH_COPIES, Rule, RuledModel
 
 logger = logging.getLogger(__name__)
 
 
 class AdminRule(Rule):
-    """Draws no random number: from the same seed, every weight shared with the stock layer is its to the bit."""
+    """LN(omega x + f), with a trainable omega that starts from measured variances.
+
+    Draws no random number: from the same seed, every weight shared with the stock layer is its to the bit.
+    """
 
     dropout_module: nn.Module
 
@@ -57,9 +62,11 @@ class AdminModel(RuledModel):
     method = "admin"
     rule = AdminRule
     own_options: ClassVar = {
+        **RuledModel.own_options,
         "admin_init": "profile",
         "admin_profile": None,
         "admin_profile_batches": None,
+        "admin_margin": None,
         "admin_omega": "vector",
         "admin_fast": "measured",
     }
@@ -67,10 +74,12 @@ class AdminModel(RuledModel):
     admin_init: str
     admin_profile: str | None
     admin_profile_batches: int | None
+    admin_margin: float | None
     admin_fast: str
 
     @staticmethod
     def add_own_args(parser: ArgumentParser) -> None:
+        RuledModel.add_own_args(parser)
         forms = (
             f"{name}: {(form.__doc__ or 'a closed form').strip().splitlines()[0]}"
             for name, form in CLOSED_FORMS.items()
@@ -80,6 +89,13 @@ class AdminModel(RuledModel):
             choices=["profile", *CLOSED_FORMS],
             help="how omega starts. profile: from a profiling pre-pass over the first training batches (default);"
             f" {'; '.join(forms)}",
+        )
+        parser.add_argument(
+            "--admin-margin",
+            type=float,
+            metavar="K",
+            help="how far the pre-pass keeps from Post-LN: omega_i^2 = 1 + K times the sum of Var[f_j] over the"
+            f" sub-layers before (default: {MARGIN:g}; the paper's: 1; with --admin-profile: that of the profile)",
         )
         parser.add_argument(
             "--admin-profile",
@@ -110,17 +126,10 @@ class AdminModel(RuledModel):
     def check(cls, args: Namespace) -> None:
         super().check(args)
         init, profile, batches = args.admin_init, args.admin_profile, args.admin_profile_batches
-        options = {
-            "admin_init": ("profile", *CLOSED_FORMS),
-            "admin_omega": ("vector", "scalar", "fixed"),
-            "admin_fast": fast.MODES,
-        }
-        for option, known in options.items():  # hydra does not check them
-            if getattr(args, option) not in known:
-                name = option.replace("_", "-")
-                own = "; one of your own needs its folder as --user-dir" if option == "admin_init" else ""
-                choices = f"{', '.join(known[:-1])} or {known[-1]}"
-                raise AdminError(f"--{name} {getattr(args, option)}: choose {choices}{own}")
+        margin = args.admin_margin
+        refuse_other(args, {"admin_omega": ("vector", "scalar", "fixed"), "admin_fast": fast.MODES})
+        starts = {"admin_init": ("profile", *CLOSED_FORMS)}
+        refuse_other(args, starts, hint="; one of your own needs its folder as --user-dir")
         if profile is not None and init != "profile":
             raise AdminError(f"--admin-profile and --admin-init {init} exclude each other; give one of them")
         if batches is not None and (profile is not None or init != "profile"):
@@ -128,6 +137,10 @@ class AdminModel(RuledModel):
             raise AdminError(f"--admin-profile-batches has no effect with {given}, which does not profile; drop it")
         if batches is not None and batches < 1:
             raise AdminError(f"--admin-profile-batches must be at least 1, not {batches}")
+        if margin is not None and init != "profile":
+            raise AdminError(f"--admin-margin has no effect with --admin-init {init}, which does not profile; drop it")
+        if margin is not None and not 0 < margin < math.inf:
+            raise AdminError(f"--admin-margin must be positive, not {margin}")
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> AdminModel:
@@ -136,12 +149,12 @@ class AdminModel(RuledModel):
         model.decoder.aligns = getattr(config, "load_alignments", False)
         return model
 
-    @classmethod
-    def finish(cls, model: AdminModel, args: Namespace) -> AdminModel:
-        for option in ("admin_init", "admin_profile", "admin_profile_batches", "admin_fast"):
-            setattr(model, option, getattr(args, option))
-        fast.apply(model.stacks(), model.admin_fast)
-        for stack in model.stacks().values():
+    def finish(self, args: Namespace) -> None:
+        super().finish(args)
+        for option in ("admin_init", "admin_profile", "admin_profile_batches", "admin_margin", "admin_fast"):
+            setattr(self, option, getattr(args, option))
+        fast.apply(self.stacks(), self.admin_fast)
+        for stack in self.stacks().values():
             norms = list(sub_layers(stack).values())
             for norm in norms:
                 if args.admin_omega == "scalar":
@@ -150,8 +163,7 @@ class AdminModel(RuledModel):
                     norm.omega.requires_grad_(False)
             if args.admin_init != "profile":
                 set_omega(norms, closed_form(args.admin_init, len(norms)))
-                model.omega_source = f"--admin-init {args.admin_init}"
-        return model
+                self.omega_source = f"--admin-init {args.admin_init}"
 
     def depth_dependent_start(self) -> str | None:
         form = CLOSED_FORMS.get(self.admin_init)
@@ -189,18 +201,15 @@ class AdminTransformer(AdminModel, TransformerModel):
 
 
 @register_model("transformer_lm_admin")
-class AdminLanguageModel(AdminModel, RuledLanguageModel, TransformerLanguageModel):
+class AdminLanguageModel(AdminModel, FamilyLanguageModel, TransformerLanguageModel):
     """Decoder-only language model with Admin."""
 
 
-for _method, _options in {
-    "admin": {},
-    "admin_logn": {"admin_init": "logn"},
-    "admin_sqrt": {"admin_init": "sqrt"},
-    "admin_fixed": {"admin_omega": "fixed"},
-    "admin_scalar": {"admin_omega": "scalar"},
-}.items():
-    register_family(_method, "transformer_admin", "transformer_lm_admin", **_options)
+register_family("admin")
+register_family("admin_logn", "admin", admin_init="logn")
+register_family("admin_sqrt", "admin", admin_init="sqrt")
+register_family("admin_fixed", "admin", admin_omega="fixed")
+register_family("admin_scalar", "admin", admin_omega="scalar")
 
 
 def _warn_if_unset(model: AdminModel, _: Any) -> None:

@@ -1,6 +1,6 @@
 """Every way omega starts: the rule of the profiling pre-pass, and closed forms that need none.
 
-    profile:   omega_1 = 1,   omega_{i+1} = sqrt(Var[omega_i * x_{i-1}] + Var[f_i])        (next_omega)
+    profile:   omega_1 = 1,   omega_{i+1} = sqrt(Var[omega_i * x_{i-1}] + K Var[f_i])      (next_omega)
     others:    omega_i = form(i, N), for sub-layer i = 2, ..., N of a stack                (CLOSED_FORMS)
 
 Both count sub-layers in forward order, each stack for itself; the first omega of a stack stays 1.
@@ -21,16 +21,21 @@ from admin_fairseq.norm import OmegaLayerNorm
 
 ClosedForm = Callable[[int, int], float]
 CLOSED_FORMS: dict[str, ClosedForm] = {}  # by their name for --admin-init
+MARGIN = 1.0  # K, of a pre-pass that is told nothing else
 
 
-def next_omega(shortcut_variance: float, branch_variance: float) -> float:
-    """omega_{i+1} = sqrt(Var[omega_i * x_{i-1}] + Var[f_i]), the standard deviation of what sub-layer i adds up.
+def next_omega(shortcut_variance: float, branch_variance: float, margin: float = 1.0) -> float:
+    """omega_{i+1} = sqrt(Var[omega_i * x_{i-1}] + K Var[f_i]), with the margin K.
 
-    Behind a LayerNorm Var[x_{i-1}] is 1, so that omega_i is about sqrt(1 + sum_{j<i} Var[f_j]). Not a number where the
-    variances' sum is not positive.
-    Source: Liu et al. 2020, section 4.3, in the form of their code (Transformer-Clinic, transformer_layer.py).
+    Behind a LayerNorm Var[x_{i-1}] is 1, so that omega_i is about sqrt(1 + K sum_{j<i} Var[f_j]). K = 1 is the paper's
+    rule: omega_{i+1} is the standard deviation of what sub-layer i adds up. The sum over a stack of the branches'
+    shares Var[f_i] / (omega_i^2 + Var[f_i]), which bounds how much an update changes the output (theorem 2), is then
+    about ln(1 + K S) / K with S the sum of all Var[f_i]: O(log N) for N sub-layers at any K, and less at a larger one.
+    Not a number where the variances' sum is not positive.
+    Source: Liu et al. 2020, section 4.3, in the form of their code (Transformer-Clinic, transformer_layer.py), for
+    K = 1; the margin is ours (docs/reproduction.md).
     """
-    total = shortcut_variance + branch_variance
+    total = shortcut_variance + margin * branch_variance
     return math.sqrt(total) if total > 0 else math.nan
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -21,6 +23,12 @@ VERSION = 1  # of the profile file
 STACKS = ("encoder", "decoder")
 
 
+def sub_layer_name(norm: str) -> str:
+    """ "self_attn", "encoder_attn" or "ffn", of fairseq's name for the sub-layer's LayerNorm."""
+    kind = norm[: -len("_layer_norm")]
+    return "ffn" if kind == "final" else kind
+
+
 @dataclass
 class Profile:
     """omega's first values and what they were measured on.
@@ -28,7 +36,8 @@ class Profile:
     ``encoder`` and ``decoder`` hold one omega a sub-layer in forward order: 2 an encoder layer, 3 a decoder
     layer, 2 a language model's layer (and no encoder). ``branch_variance`` holds Var[dropout(f_i)] in the same
     order and ``shortcut_variance`` Var[omega_i * x_{i-1}], ``tokens`` the number of positions measured in each stack
-    (padding left out, all batches and workers together).
+    (padding left out, all batches and workers together). ``margin`` is the K that the omegas were made with
+    (:func:`admin_fairseq.omega.next_omega`); the authors' is 1.
     """
 
     encoder: list[float]
@@ -37,6 +46,7 @@ class Profile:
     shortcut_variance: dict[str, list[float]] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     batches: int = 0
+    margin: float = 1.0
     settings: dict[str, Any] = field(default_factory=dict)
 
     def apply(self, model: AdminModel) -> None:
@@ -61,13 +71,35 @@ class Profile:
             set_omega(sub_layers(stack).values(), [1.0, *getattr(self, name)[1:]])
         model.omega_source = "a profile"
 
+    def with_margin(self, margin: float) -> Profile:
+        """The same branches under another margin K': omega_i^2 + (K' - K) sum_{j<i} Var[f_j].
+
+        Where Var[f] is not recorded, as in the authors' file, its sum is taken to be (omega_i^2 - 1) / K. A pre-pass
+        with K' would find nearly the same: what a branch puts out depends little on the omegas before it.
+
+        Raises:
+            AdminError: an omega would not be positive.
+        """
+        changed = dataclasses.replace(self, margin=margin)
+        for name in STACKS:
+            omegas, variances = getattr(self, name), self.branch_variance.get(name)
+            sums = [0.0, *itertools.accumulate(variances)] if variances else [(o**2 - 1) / self.margin for o in omegas]
+            squares = [omega**2 + (margin - self.margin) * total for omega, total in zip(omegas, sums)]
+            if not all(square > 0 for square in squares[1:]):
+                raise AdminError(
+                    f"--admin-margin {margin:g}: this profile's {name} omegas, below 1 and without Var[f], cannot be"
+                    " taken to another margin; drop the option, or profile anew"
+                )
+            setattr(changed, name, [*omegas[:1], *map(math.sqrt, squares[1:])])
+        return changed
+
     def shares(self, stack: str) -> list[float]:
         """Of each sub-layer's sum, the share of its branch: Var[f_i] / (Var[omega_i * x_{i-1}] + Var[f_i]).
 
         Empty where the variances were not recorded.
         """
         variances = zip(self.branch_variance.get(stack, []), self.shortcut_variance.get(stack, []))
-        return [branch / (shortcut + branch) for branch, shortcut in variances]
+        return [branch / max(shortcut + branch, 1e-300) for branch, shortcut in variances]
 
     def write(self, path: str) -> None:
         """Write JSON; the file appears whole or not at all.
@@ -106,11 +138,13 @@ def read_profile(path: str, encoder_sub_layers: int | None = None, decoder_sub_l
                 if not isinstance(numbers, list) or not {type(number) for number in numbers} <= {int, float}:
                     raise TypeError(f"{name} is not a list of numbers")
             encoder, decoder = ([float(omega) for omega in content[name]] for name in STACKS)
-            profile = Profile(encoder, decoder)
+            profile = Profile(encoder, decoder, margin=float(content.get("margin", 1.0)))
+            if not 0 < profile.margin < math.inf:
+                raise ValueError(f"margin {profile.margin} is not positive")
             for kind in ("branch_variance", "shortcut_variance"):
                 for name, variances in content.get(kind, {}).items():
                     if len(variances) == len(content[name]):
-                        getattr(profile, kind)[name] = [float(variance) for variance in variances]
+                        getattr(profile, kind)[name] = [_variance(variance) for variance in variances]
         else:
             profile = _parse_authors_profile(text, encoder_sub_layers, decoder_sub_layers)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -127,6 +161,12 @@ def read_profile(path: str, encoder_sub_layers: int | None = None, decoder_sub_l
                     " and positive"
                 )
     return profile
+
+
+def _variance(number: Any) -> float:
+    if not (isinstance(number, (int, float)) and 0 <= number < math.inf):
+        raise ValueError(f"a variance is {number}")
+    return float(number)
 
 
 def _parse_authors_profile(text: str, encoder_sub_layers: int | None, decoder_sub_layers: int | None) -> Profile:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from admin_fairseq.errors import AdminError
 from admin_fairseq.model import AdminModel
 from admin_fairseq.norm import OmegaLayerNorm
-from admin_fairseq.omega import next_omega, observed, sub_layers
+from admin_fairseq.omega import MARGIN, next_omega, observed, sub_layers
 from admin_fairseq.profile_file import STACKS, Profile
 from admin_fairseq.turns import Turns
 
@@ -66,7 +66,8 @@ class _PrePass:
         self.autocast = torch.is_autocast_enabled()
         self.devices = sorted({s.net_input["src_tokens"].device.index for s in samples} - {None})  # GPUs
         self.turns = Turns([partial(self._forward, sample) for sample in samples])
-        self.found = Profile(encoder=[], decoder=[], batches=len(samples))
+        margin = MARGIN if model.admin_margin is None else model.admin_margin
+        self.found = Profile(encoder=[], decoder=[], batches=len(samples), margin=margin)
         for variances in (self.found.branch_variance, self.found.shortcut_variance):
             variances.update({name: [] for name in STACKS})
         self._next_omega = dict.fromkeys(STACKS, 1.0)
@@ -104,7 +105,7 @@ class _PrePass:
         if self.turns.now == len(self.samples) - 1:
             pooled, self._pooled = self.reduce(self._pooled), None
             shortcut, branch = _variance(pooled[0]), _variance(pooled[1])
-            self._next_omega[stack] = next_omega(shortcut, branch)
+            self._next_omega[stack] = next_omega(shortcut, branch, self.found.margin)
             if not math.isfinite(self._next_omega[stack]):
                 raise AdminError(
                     f"profiling {stack}.{name}: Var[omega * x] = {shortcut}, Var[f] = {branch} on the first training"

@@ -7,14 +7,14 @@ before such a layer's class and says what happens instead.
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from typing import Any, ClassVar
 
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import nn
 
-from admin_fairseq.config import POSITIONS, as_namespace
 from admin_fairseq.errors import AdminError
+from admin_fairseq.family import FamilyModel
 
 # fairseq 0.12.2 registers these copies of an encoder layer's weights for an inference-only fast path that
 # knows only its own residual rule; they never get a gradient.
@@ -87,7 +87,6 @@ def adopt(layer: nn.Module, rule: type[Rule], stack: str, layers: dict[str, int]
     vars(layer).pop("precheckpoint_forward", None)
     layer.__class__ = mixed(rule, type(layer))
     if stack == "encoder":
-        layer.can_use_fastpath = False
         for name in FAST_PATH_COPIES:
             layer._parameters.pop(name, None)
     layer.set_up(stack, layers)
@@ -100,29 +99,14 @@ def stacks(model: nn.Module) -> dict[str, nn.Module]:
     return {name: getattr(model, name) for name in ("encoder", "decoder") if hasattr(model, name)}
 
 
-class RuledModel(nn.Module):
+class RuledModel(FamilyModel):
     """A Transformer whose layers follow a rule; mixed in before fairseq's model class."""
 
-    method: ClassVar[str]  # its name, as in the architectures'
     rule: ClassVar[type[Rule]]
-    own_options: ClassVar[dict[str, Any]] = {}  # and their defaults
-
-    @staticmethod
-    def add_own_args(parser: ArgumentParser) -> None:
-        """Add what ``own_options`` lists to the command line."""
-
-    @classmethod
-    def add_args(cls, parser: ArgumentParser) -> None:
-        super().add_args(parser)
-        cls.add_own_args(parser)
 
     @classmethod
     def check(cls, args: Namespace) -> None:
-        """Refuse options that the method cannot honour, before anything is read or written.
-
-        Raises:
-            AdminError: it cannot.
-        """
+        super().check(args)
         for stack in ("encoder", "decoder"):
             if getattr(args, f"{stack}_normalize_before", False):
                 raise AdminError(
@@ -139,22 +123,7 @@ class RuledModel(nn.Module):
         if getattr(args, "ddp_backend", None) == "fully_sharded":
             raise AdminError(FULLY_SHARDED)
 
-    @classmethod
-    def build_model(cls, args: Any, task: Any) -> RuledModel:
-        args = Namespace(**{**cls.own_options, **vars(as_namespace(args))})  # a checkpoint may be older than an option
-        config = task.args if task.cfg is None else task.cfg  # of a legacy task, and of any other
-        for limit in POSITIONS:
-            if not hasattr(args, limit):  # hydra's model section does not repeat what the task knows
-                setattr(args, limit, getattr(config, limit, None))
-        return cls.finish(super().build_model(args, task), args)
-
-    @classmethod
-    def finish(cls, model: RuledModel, args: Namespace) -> RuledModel:
-        """Apply ``own_options`` to a model that was just built."""
-        return model
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def finish(self, args: Namespace) -> None:
         # fairseq's list drops layers at random when it is iterated over itself (LayerDrop)
         layers = {name: list(stack.layers.children()) for name, stack in self.stacks().items()}
         depths = {name: len(own) for name, own in layers.items()}

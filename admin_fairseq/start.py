@@ -37,8 +37,9 @@ def start_omega(trainer: Trainer) -> None:
     if model.omega_source == "unset":
         file = model.admin_profile
         if file is not None:
-            _from_first_worker(trainer, lambda: _read(file, model)).apply(model)
-            model.omega_source = file
+            found = Profile(**from_first_worker(trainer, lambda: asdict(_read(file, model))))
+            found.apply(model)
+            model.omega_source = f"{file} (margin {found.margin:g})"
         else:
             _profile(trainer)
             return
@@ -51,21 +52,22 @@ def start_omega(trainer: Trainer) -> None:
 
 def _read(file: str, model: AdminModel) -> Profile:
     depth = {name: len(sub_layers(stack)) for name, stack in model.stacks().items()}
-    return read_profile(file, depth.get("encoder", 0), depth["decoder"])
+    profile = read_profile(file, depth.get("encoder", 0), depth["decoder"])
+    return profile if model.admin_margin is None else profile.with_margin(model.admin_margin)
 
 
-def _from_first_worker(trainer: Trainer, read: Callable[[], Profile]) -> Profile:
-    """What the first worker reads: each machine may have another file of that name, or none.
+def from_first_worker(trainer: Trainer, work: Callable[[], Any]) -> Any:
+    """What ``work`` returns on the first worker (anything but text): each machine may have files of its own.
 
     Raises:
         AdminError: on every worker, what the first one met.
     """
     if trainer.data_parallel_world_size == 1:
-        return read()
+        return work()
     outcome: Any = None
     if trainer.is_data_parallel_master:
         try:
-            outcome = asdict(read())
+            outcome = work()
         except AdminError as error:
             outcome = str(error)
     outcome = distributed_utils.broadcast_object(
@@ -73,7 +75,7 @@ def _from_first_worker(trainer: Trainer, read: Callable[[], Profile]) -> Profile
     )
     if isinstance(outcome, str):
         raise AdminError(outcome)
-    return Profile(**outcome)
+    return outcome
 
 
 def profile_batches(trainer: Trainer, samples: list[Sample], progress: bool = False) -> Profile:
@@ -109,7 +111,7 @@ def _profile(trainer: Trainer) -> None:
     tokens = [f"{result.tokens[stack]:,} {'source' if stack == 'encoder' else 'target'}" for stack in counts]
     line = (
         f"Admin: profiled {' and '.join(counts.values())} sub-layers on {' and '.join(tokens)} tokens"
-        f" in {time.time() - started:.1f} s; {_first_and_last(model)}"
+        f" in {time.time() - started:.1f} s; margin {result.margin:g}, {_first_and_last(model)}"
     )
     if trainer.is_data_parallel_master and not cfg.checkpoint.no_save:
         path = os.path.join(cfg.checkpoint.save_dir, "admin_profile.json")

@@ -76,7 +76,7 @@ def dependency_map(sub_layers: list[SubLayer], final_norm: nn.Module | None) -> 
     parts = sub_layers[0].x[None]  # (contributions, positions, d): the input and every branch so far
     bias = torch.zeros_like(parts[0])
     result: dict[str, Any] = {"beta2": [], "bias": [], "correlation": []}
-    for i, sub_layer in enumerate(tqdm(sub_layers, desc="dependency map", unit="sub-layer", delay=3)):
+    for i, sub_layer in enumerate(tqdm(sub_layers, desc="dependency map", unit="sub-layer", delay=3, leave=False)):
         parts = torch.cat([sub_layer.scale(parts), sub_layer.branch[None]])
         bias = sub_layer.scale(bias)
         if sub_layer.pre_ln:
@@ -117,7 +117,7 @@ def main(args: argparse.Namespace) -> None:
     if args.positions < 1:
         raise AdminError(f"--positions must be at least 1, not {args.positions}")
     models = []
-    found = subjects(args.path, args.arch, args.rest, ffn_init=args.ffn_init)
+    found = subjects(args.path, args.arch, args.rest)
     count = 2 * len(args.path) or len(args.arch or DEFAULT_ARCHS)
     for subject in tqdm(found, desc="dependency", total=count, unit="model", delay=3):
         measured = residual_dependency(subject.model, subject.samples[0], args.positions)

@@ -26,7 +26,9 @@ from admin_fairseq.analysis.probe import SubLayer, observe
 from admin_fairseq.analysis.subject import configure, has_data, merged, started, subjects
 from admin_fairseq.checkpoints import files, show
 from admin_fairseq.errors import AdminError
+from admin_fairseq.files import aligned
 from admin_fairseq.model import AdminModel
+from admin_fairseq.omega import MARGIN
 from admin_fairseq.profile_file import STACKS, Profile, read_profile
 from admin_fairseq.profiling import Sample
 
@@ -52,10 +54,12 @@ def main(args: Namespace) -> None:
 
 def _at_initialisation(args: Namespace) -> list[dict[str, Any]]:
     records = []
-    for subject in subjects([], args.arch or ["transformer_admin"], args.rest, ffn_init=args.ffn_init):
+    for subject in subjects([], args.arch or ["transformer_admin"], args.rest):
         if isinstance(subject.model, AdminModel):
             shares = branch_shares(subject.model, subject.samples[0])
-            records.append({"label": subject.method, "update": 0, **_with(of_model(subject.model), shares)})
+            margin = subject.model.admin_margin or MARGIN if subject.model.omega_source == "profiling" else None
+            record = {"label": subject.method, "update": 0, "margin": margin}
+            records.append({**record, **_with(of_model(subject.model), shares)})
     return records
 
 
@@ -63,7 +67,7 @@ def _through_training(args: Namespace) -> list[dict[str, Any]]:
     """Of each run's folder the profile and each checkpoint, by update; with DATA the checkpoints' shares too."""
     records: dict[tuple[str, int, str], dict[str, Any]] = {}  # by folder, update and, where one was named, file
     paths = [(path, os.path.isdir(given)) for given in args.path for path in _checkpoints(given)]
-    for path, is_listed in tqdm(paths, "checkpoints", delay=3):
+    for path, is_listed in tqdm(paths, "checkpoints", unit="checkpoint", delay=3):
         state, (folder, file) = files.load(path), os.path.split(path)
         omegas = of_weights(state["model"])
         update = (state.get("optimizer_history") or [{}])[-1].get("num_updates", 0)
@@ -72,7 +76,8 @@ def _through_training(args: Namespace) -> list[dict[str, Any]]:
             continue
         first = os.path.join(folder, "admin_profile.json")
         if (folder, 0, "") not in records and os.path.exists(first):
-            records[folder, 0, ""] = of_profile(read_profile(first))
+            profile = read_profile(first)
+            records[folder, 0, ""] = {"margin": profile.margin, **of_profile(profile)}
         shares: dict[str, list[float]] = {}
         if has_data(args.rest):
             trainer, samples = started(configure(merged(files.settings(state), args.rest)), state)
@@ -142,18 +147,16 @@ def _with(omegas: dict[str, Any], shares: dict[str, list[float]]) -> dict[str, A
 
 def _report(args: Namespace, records: list[dict[str, Any]]) -> None:
     names = [stack for stack in STACKS if any(stack in record for record in records)]
-    table = [
-        ["", *(f"{stack} {what}" for stack in names for what in ("omega, first to last", "mean share of branches"))]
-    ]
+    heads = [f"{stack} {what}" for stack in names for what in ("omega, first to last", "mean share of branches")]
+    table = [["", "margin", *heads]]
     for record in records:
-        row = [record["label"]]
+        row = [record["label"], f"{record['margin']:g}" if record.get("margin") else ""]
         for stack in names:
             mean, share = record.get(stack, {}).get("mean"), record.get(stack, {}).get("share")
             row += [f"{mean[0]:.3f} to {mean[-1]:.3f}" if mean else ""]
             row += [f"{sum(share) / len(share):.3f}" if share else ""]
         table.append(row)
-    for row in table:
-        print("  ".join(f"{cell:<28}" for cell in row).rstrip())
+    print(aligned(table), end="")
     text = [
         "omega by sub-layer: its mean over dimensions and, once trained, its standard deviation over them. The share of"
         " a sub-layer's branch is Var[f] / (Var[omega x] + Var[f]): how much of what the sub-layer passes on is new. At"

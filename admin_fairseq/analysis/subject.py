@@ -112,21 +112,18 @@ def configure(args: Namespace) -> Any:
     return convert_namespace_to_omegaconf(args)
 
 
-def started(
-    cfg: Any, state: dict[str, Any] | None = None, batches: int = 1, ffn_init: str | None = None
-) -> tuple[Trainer, list[Sample]]:
+def started(cfg: Any, state: dict[str, Any] | None = None, batches: int = 1) -> tuple[Trainer, list[Sample]]:
     """A trainer as fairseq-train has it in front of the first update, Admin's omega set, and the first batches.
 
     Without activation checkpointing and LayerDrop, under which not all of a layer can be seen.
 
     Args:
         state: a checkpoint, whose weights the model gets.
-        ffn_init: "xavier" for :func:`use_xavier` on a model that starts.
 
     Raises:
         AdminError: the checkpoint does not fit DATA.
     """
-    trainer = build_trainer(cfg, state, ffn_init)
+    trainer = build_trainer(cfg, state)
     if state is None and isinstance(trainer.get_model(), AdminModel):
         start_omega(trainer)
     for module in unwrap_checkpoint(trainer.get_model()).modules():  # each layer is run, once, with its graph kept
@@ -135,7 +132,7 @@ def started(
     return trainer, first_samples(trainer, batches)
 
 
-def build_trainer(cfg: Any, state: dict[str, Any] | None = None, ffn_init: str | None = None) -> Trainer:
+def build_trainer(cfg: Any, state: dict[str, Any] | None = None) -> Trainer:
     """The same, before Admin's omega is set."""
     task = tasks.setup_task(cfg.task)
     np.random.seed(cfg.common.seed)
@@ -144,16 +141,12 @@ def build_trainer(cfg: Any, state: dict[str, Any] | None = None, ffn_init: str |
     check_layers(model)
     for module in model.modules():
         module.can_use_fastpath = False  # fairseq 0.12.2's own, which calls no residual_connection
-    if state is None and ffn_init == "xavier":
-        use_xavier(model)
     trainer = Trainer(cfg, task, model, task.build_criterion(cfg.criterion))
     trainer.get_train_iterator(epoch=1, load_dataset=True)
     return trainer
 
 
-def subjects(
-    paths: Sequence[str], archs: Sequence[str], rest: Sequence[str], batches: int = 1, ffn_init: str | None = None
-) -> Iterator[Subject]:
+def subjects(paths: Sequence[str], archs: Sequence[str], rest: Sequence[str], batches: int = 1) -> Iterator[Subject]:
     """The models of a command line, one after the other, so that only one needs memory at a time.
 
     Args:
@@ -173,22 +166,10 @@ def subjects(
             args = merged(args, rest)
             method = method_name(args.arch) + (f" ({path})" if names.count(args.arch) > 1 else "")
             for when, state in ((BEFORE, None), (AFTER, states[path])):
-                yield Subject(method, when, *started(configure(args), state, batches, ffn_init))
+                yield Subject(method, when, *started(configure(args), state, batches))
     else:
         for arch in archs or DEFAULT_ARCHS:
-            yield Subject(method_name(arch), BEFORE, *started(configure(parse(arch, rest)), None, batches, ffn_init))
-
-
-def use_xavier(model: nn.Module) -> None:
-    """Draw feed-forward weights as the authors' fairseq did: Xavier's uniform distribution, biases 0.
-
-    Later releases leave torch's default, whose second matrix has a fifth of the variance.
-    Source: Transformer-Clinic, transformer_layer.py, ``Linear``.
-    """
-    for name, module in model.named_modules():
-        if name.endswith((".fc1", ".fc2")):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+            yield Subject(method_name(arch), BEFORE, *started(configure(parse(arch, rest)), None, batches))
 
 
 def merged(args: Namespace, rest: Sequence[str]) -> Namespace:

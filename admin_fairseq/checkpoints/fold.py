@@ -23,12 +23,14 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_NAME_REGISTRY
 from fairseq.modules import SinusoidalPositionalEmbedding
 from torch import Tensor
 
+from admin_fairseq.checkpoints.checks import check_optimizer
 from admin_fairseq.checkpoints.files import State, Weights, settings
 from admin_fairseq.errors import AdminError
 from admin_fairseq.rules import FAST_PATH_COPIES
 
 STOCK = {"transformer_admin": "transformer", "transformer_lm_admin": "transformer_lm"}
 ADMIN = {stock: admin for admin, stock in STOCK.items()}
+ADMIN.update({"transformer_postln": "transformer_admin", "transformer_lm_postln": "transformer_lm_admin"})
 # sub-layers in forward order, and what of each reads x_{i-1}
 READERS = {
     "self_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -60,7 +62,8 @@ def fold(state: State, untie: bool = False, keep_optimizer: bool = False) -> Sta
     args = settings(state)
     if model_name(args) not in STOCK:
         raise AdminError(f"it is of architecture {args.arch}, not of an Admin model")
-    args.admin_init = "unit"  # omega has its values; how it started may be known in a folder of the user's only
+    for name in ("admin_init", "admin_margin", "admin_profile", "admin_profile_batches"):
+        vars(args).pop(name, None)  # omega has its values; how it started may be known in a folder of the user's only
     ARCH_CONFIG_REGISTRY[args.arch](args)  # every size, whatever the architecture's default
     model = state["model"]
     frozen = {f"{name}.omega" for name, _, previous in _all_sub_layers(model) if previous is None}
@@ -98,7 +101,7 @@ def fold(state: State, untie: bool = False, keep_optimizer: bool = False) -> Sta
     args.arch = STOCK[model_name(args) or ""]
     if getattr(args, "optimizer", None) in ("radam", "novograd"):  # this plugin's
         args.optimizer = "adam"
-    for name in [name for name in vars(args) if name.startswith("admin_")]:
+    for name in [name for name in vars(args) if name.startswith("admin_") or name == "init_weights"]:
         delattr(args, name)
     return finished(folded, args, optimizer)
 
@@ -255,6 +258,7 @@ def _moved_optimizer(state: State, args: Namespace, before: Weights, after: Weig
     optimizer = state.get("last_optimizer_state")
     if optimizer is None:
         raise AdminError("--keep-optimizer: there is no optimizer state")
+    check_optimizer(optimizer)
     groups = optimizer.get("param_groups", ())
     old, new = _parameters(before, args), _parameters(after, args)
     if getattr(args, "optimizer", None) != "adam" or len(groups) != 1 or len(groups[0]["params"]) != len(old):
@@ -265,7 +269,7 @@ def _moved_optimizer(state: State, args: Namespace, before: Weights, after: Weig
         entry = dict(optimizer["state"].get(numbers.get(name), ()))
         for moment, power in POWERS.items():
             if moment in entry:
-                if entry[moment].shape != before[name].shape:
+                if getattr(entry[moment], "shape", None) != before[name].shape:
                     raise AdminError(f"--keep-optimizer: the state's entry for {name} is of another shape")
                 factor = factors.get(name, torch.ones(())) ** power
                 entry[moment] = (entry[moment].double() / factor).to(entry[moment].dtype)

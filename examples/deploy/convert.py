@@ -59,11 +59,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def convert(run: Path, out: Path, data: Path | None = None, quantization: str | None = None) -> None:
     """Make ``out``, or make it anew; ``data``: where prepare.sh's folder was moved to."""
-    out = out.absolute()
+    run, out = run.absolute(), out.absolute()
     if out.exists() and not (out / "text.json").is_file():
         sys.exit(f"error: {out} exists, and is not what convert.py makes; give another OUT")
     checkpoint = checkpoint_of(run)
     search = {"BEAM": "5", "LENPEN": "1"}
+    data = data and data.absolute()
     if (run / DEMO).is_dir():
         data, codes, tokenize = run / "data/bin", run / "data/codes", ["--lowercase"]
     else:
@@ -93,8 +94,7 @@ def convert(run: Path, out: Path, data: Path | None = None, quantization: str | 
     if not converter.is_file():
         sys.exit(f"error: {converter} is not there; pip install '.[deploy]' brings it")
     print(f"converting {checkpoint}", file=sys.stderr)
-    partial = out.with_name(out.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         partial.mkdir(parents=True)
         folded, model = partial / "folded.pt", partial / "model"
@@ -114,8 +114,10 @@ def convert(run: Path, out: Path, data: Path | None = None, quantization: str | 
 
 
 def call(*command: str | Path) -> None:
-    """Run it; its output is shown if it fails."""
-    finished = subprocess.run([*map(str, command)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    """Run it, from where modules are ours; its output is shown if it fails."""
+    finished = subprocess.run(
+        [*map(str, command)], cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     if finished.returncode != 0:
         sys.stderr.buffer.write(finished.stdout)
         sys.exit(f"error: {' '.join(map(str, command))} failed, as said above")

@@ -82,7 +82,7 @@ def test_relative_updates_of_sgd_are_the_gradients(data):
     assert {m["kind"] for m in found if "fc1" in m["name"]} == {"encoder ffn", "decoder ffn"}
 
 
-def test_command(data, tmp_path, capsys):
+def test_command(data, tmp_path, capsys, bars):
     options = [*TINY, *OPTIONS, "--adam-betas", "(0.9, 0.98)", "--updates", "1", "2", "--arch"]
     main(["analyze", "gradients", str(data), "--out", str(tmp_path), *options, "transformer_admin"])
     names = {"gradients.json", "gradients.csv", *(f"gradients{x}.svg" for x in ("", "_training", "_updates"))}
@@ -94,6 +94,7 @@ def test_command(data, tmp_path, capsys):
     rows = list(csv.DictReader((tmp_path / "gradients.csv").open()))
     assert len(rows) == 4 * (12 + 3 * 6 + 2 * 10)
     assert "decoder encoder_attn" in capsys.readouterr().out
+    assert [(bar.n, bar.total) for bar in bars] == [(4, 4)]  # two optimizers' two updates
 
 
 def test_a_checkpoint_starts_anew_without_its_warmup_dropped_layers_and_checkpointing(data, tmp_path, capsys):
@@ -102,13 +103,13 @@ def test_a_checkpoint_starts_anew_without_its_warmup_dropped_layers_and_checkpoi
     train_here("transformer_postln", data, tmp_path / "run", f"{flags} --lr-scheduler fixed --warmup-updates 100")
     path, out = str(tmp_path / "run"), tmp_path / "out"  # a folder: its checkpoint_last.pt
     arguments = ["analyze", "gradients", str(data), "--path", path, "--out", str(out), "--updates", "1"]
-    for init in ("fairseq", "xavier"):
-        main([*arguments, "--optimizers", "adam", "--cpu", "--ffn-init", init])
+    for init in ("fairseq", "authors"):
+        main([*arguments, "--optimizers", "adam", "--cpu", "--init-weights", init])
         before, after = json.loads((out / "gradients.json").read_text())["records"]
         assert (before["when"], after["when"]) == ("at initialisation", "after training")
         updates = {m["name"]: m["update"] for m in before["matrices"]}
         first, second = ("encoder.layers.1.fc1.weight", "encoder.layers.1.fc2.weight")
-        variances = {"fairseq": (1 / 96, 1 / 192), "xavier": (2 / 96, 2 / 96)}[init]  # of 32 x 64 and 64 x 32
+        variances = {"fairseq": (1 / 96, 1 / 192), "authors": (2 / 96, 2 / 96)}[init]  # of 32 x 64 and 64 x 32
         assert updates[second] == pytest.approx(1e-4 / variances[1] ** 0.5, rel=0.05)
         assert updates[first] == pytest.approx(1e-4 / variances[0] ** 0.5, rel=0.15)  # ReLU leaves some at 0
     svg = (out / "gradients_updates.svg").read_text()
@@ -192,9 +193,9 @@ def test_omega_needs_omega(data, tmp_path):
         main(["analyze", "omega", str(data), *options])
 
 
-def test_ffn_init_reaches_omega(data, tmp_path):
+def test_init_weights_reach_omega(data, tmp_path):
     omegas = []
-    for init in ("fairseq", "xavier"):
-        main(["analyze", "omega", str(data), "--out", str(tmp_path), "--ffn-init", init, *TINY, *OPTIONS])
+    for init in ("fairseq", "authors"):
+        main(["analyze", "omega", str(data), "--out", str(tmp_path), "--init-weights", init, *TINY, *OPTIONS])
         omegas.append(json.loads((tmp_path / "omega.json").read_text())["records"][0]["encoder"]["mean"])
     assert omegas[1][-1] > 1.1 * omegas[0][-1]  # wider feed-forward branches

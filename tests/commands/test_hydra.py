@@ -97,6 +97,7 @@ def test_bf16(data, tmp_path):
         ("+model.encoder_layer=5", "did you mean model.encoder_layers"),
         ("+model.encoder_normalize_before=true", "Post-LN"),
         ("model.admin_init=magic", "choose profile, logn, sqrt or unit"),
+        ("+model.init_weights=xavier", "choose fairseq or authors"),
         ("+model.encoder.layers=4", "gives encoder_layers twice, as 3 and as 4"),
     ],
 )

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models.transformer_lm import TransformerLanguageModel
+from fairseq_cli import eval_lm, generate, interactive
 from helpers import NO_LOADER, checkpoint, lm_command, profile_in, run
 
-from admin_fairseq import AdminError, Sample, profile, sub_layers
+from admin_fairseq import AdminError, AdminLanguageModel, Sample, profile, sub_layers
+from admin_fairseq.cli import main
 from admin_fairseq.omega import CLOSED_FORMS
 
 
@@ -47,6 +54,37 @@ def test_evaluates(trained, text):
     assert result.code == 0, result.output
     (line,) = result.lines("Perplexity")
     assert 100 < float(line.split()[-1]) < 1000
+
+
+def test_samples_scores_and_generates_also_folded(trained, text, tmp_path, capsys):
+    """By the hub and by fairseq's commands, in this process."""
+    folder, _ = trained
+    path, folded = folder / "checkpoint_last.pt", tmp_path / "folded.pt"
+    main(["fold", str(path), str(folded)])
+    sentence = "the old"
+    (tmp_path / "prompts").write_text(f"{sentence}\n")
+    sampled, scores, printed = [], [], []
+    for kind, file in ((AdminLanguageModel, path), (TransformerLanguageModel, folded)):
+        model = kind.from_pretrained(str(file.parent), file.name, str(text)).eval()
+        torch.manual_seed(1)
+        sampled.append(model.sample(sentence, beam=1, sampling=True, sampling_topk=5, max_len_b=10))
+        scores.append(model.score(sentence)["positional_scores"])
+        common = [text, "--path", file, "--task", "language_modeling", "--tokens-per-sample", 32, "--cpu"]
+        capsys.readouterr()
+        for parser, command, arguments in (
+            (options.get_interactive_generation_parser(), interactive, ["--input", tmp_path / "prompts"]),
+            (options.get_generation_parser(), generate, ["--sample-break-mode", "eos", "--prefix-size", 2]),
+        ):
+            argv = [*map(str, [*common, "--max-len-b", 10, "--num-workers", 0, *arguments])]
+            command.main(convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, argv)))
+        printed.append(re.findall(r"^H-\d+\t\S+\t(.*)", capsys.readouterr().out, re.M))
+        argv = [*map(str, [text, "--path", file, "--cpu", "--tokens-per-sample", 32, "--sample-break-mode", "eos"])]
+        eval_lm.main(convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_eval_lm_parser(), argv)))
+    assert sampled[0] == sampled[1]
+    assert sampled[0].startswith(sentence) and len(sampled[0].split()) > 2
+    assert torch.allclose(*scores, atol=1e-5)
+    assert printed[0] == printed[1]
+    assert len(printed[0]) == 25
 
 
 def test_given_profile(trained, text, tmp_path):

@@ -1,6 +1,7 @@
 """fairseq's own commands, end to end on a tiny model."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -21,6 +22,8 @@ from helpers import (
     run,
     train,
 )
+
+from admin_fairseq import save_dir
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +83,17 @@ def test_resume_is_bit_identical_and_does_not_profile(trained, data, tmp_path):
 
 
 def test_several_profile_batches(data, tmp_path):
-    result = train(data, tmp_path, "--admin-profile-batches", "3", updates=3)
+    """Under a margin, which the profile keeps and its later use may change."""
+    result = train(data, tmp_path, "--admin-profile-batches", "3", "--admin-margin", "4", updates=3)
     assert result.code == 0, result.output
+    assert "margin 4, encoder omega 1.000 to" in result.lines("Admin: profiled")[0]
     profile = profile_in(tmp_path)
-    assert (profile["batches"], profile["tokens"]["decoder"]) == (3, sum(result.words()))
+    assert (profile["batches"], profile["tokens"]["decoder"], profile["margin"]) == (3, sum(result.words()), 4)
+    other = ["--admin-profile", tmp_path / "admin_profile.json", "--admin-margin", "2"]
+    (line,) = train(data, tmp_path / "other", *other, updates=1).lines("no profiling, omega from")
+    last = (1 + 2 * sum(profile["branch_variance"]["encoder"][:-1])) ** 0.5
+    assert float(line.split("encoder omega 1.000 to ")[1].split(",")[0]) == pytest.approx(last, rel=0.1)
+    assert "(margin 2)" in line
 
 
 def test_curriculum_is_profiled_on_the_batch_it_starts_with(trained, data, tmp_path):
@@ -108,6 +118,19 @@ def test_no_save_writes_nothing(data, tmp_path):
     result = train(data, tmp_path, "--no-save", updates=1)
     assert result.code == 0, result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_a_second_training_in_the_same_folder_is_refused(trained, data, tmp_path):
+    release = save_dir.claim(str(tmp_path))
+    for arch in ("transformer_admin", "transformer"):
+        second = train(data, tmp_path, arch=arch, updates=1)
+        assert second.code == 1
+        (line,) = second.lines("admin_fairseq: error:")
+        assert f"another training is at work in {tmp_path} (process {os.getpid()} on " in line
+        assert "Traceback" not in second.output
+        assert os.listdir(tmp_path) == [save_dir.MARK]
+    release()
+    assert save_dir.MARK not in os.listdir(trained[0])  # a training takes its own away
 
 
 def test_finetune_from_an_admin_checkpoint_keeps_omega(trained, data, tmp_path):
@@ -258,6 +281,7 @@ def broken_data(data, tmp_path):
         (["--encoder-normalize-before"], "Post-LN"),
         (["--admin-init", "logn", "--admin-profile", "p.json"], "exclude each other"),
         (["--admin-profile", "/does/not/exist.json"], "/does/not/exist.json"),
+        (["--admin-margin", "0"], "--admin-margin must be positive, not 0.0"),
     ],
 )
 def test_bad_options(data, tmp_path, options, needle):

@@ -426,6 +426,125 @@ def test_a_client_that_closes_its_connection_has_left():
             thread.join()
 
 
+@pytest.fixture
+def echo(monkeypatch):
+    """The port of a server that answers with the text, with a short patience."""
+
+    class Translator:
+        source, target = "de", "en"
+
+        def translate(self, texts):
+            return texts
+
+    monkeypatch.setattr(serve, "HEAD_SECONDS", 1)
+    monkeypatch.setattr(serve, "BODY_SECONDS", 1)
+    with socket.create_server(("127.0.0.1", 0), backlog=1000) as listening:
+        config = serve.uvicorn.Config(
+            serve.application(Translator()),
+            http=serve.Connection,
+            log_level="critical",
+            limit_concurrency=serve.MAX_CONNECTIONS,
+            timeout_graceful_shutdown=1,
+        )
+        server = serve.uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def ask(port, source="127.0.0.1", **headers):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30, source_address=(source, 0))
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request("POST", "/translate", b'{"text": "a"}', headers)
+    answer = connection.getresponse()
+    status, body = answer.status, answer.read()
+    connection.close()
+    return status, body
+
+
+HALVES = [b"", b"POST /translate HTTP/1.1\r\nHost: loc", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HTT"]
+BODY_MISSING = b"POST /translate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"
+
+
+@pytest.mark.parametrize("half", [*HALVES, BODY_MISSING])
+def test_half_sent_requests_shut_nobody_out(echo, half):
+    """As many as there are connections, from one address: others are served at once, this one once they time out."""
+    opened = [socket.create_connection(("127.0.0.1", echo)) for _ in range(serve.MAX_CONNECTIONS)]
+    for connection in opened:
+        try:
+            connection.sendall(half)
+        except ConnectionError:
+            assert half  # refused before
+    started = time.time()
+    assert ask(echo, source="127.0.0.2") == (200, b'{"translation":"a"}')
+    assert time.time() - started < 5
+    while ask(echo)[0] != 200:
+        assert time.time() - started < 20
+        time.sleep(0.1)
+    for connection in opened:
+        connection.settimeout(10)
+        try:
+            answer = b"".join(iter(lambda: connection.recv(4096), b""))  # noqa: B023  (ends where the server closed it)
+        except ConnectionError:
+            answer = b""
+        connection.close()
+        assert half != BODY_MISSING or answer[9:12] in (b"408", b"503", b"")
+
+
+def test_bytes_that_trickle_in_are_no_request(echo):
+    with socket.create_connection(("127.0.0.1", echo)) as connection:
+        started = time.time()
+        with pytest.raises(ConnectionError):
+            while time.time() - started < 10:
+                connection.sendall(b"GET / HTTP/1.1\r\n" if time.time() - started < 0.1 else b"a: b\r\n")
+                time.sleep(0.1)
+    assert time.time() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "http://example.com", "Content_Type": "text/plain"}, 403),
+        ({"Origin": "null", "Content_Type": "text/plain;charset=UTF-8"}, 403),
+        ({"Origin": "http://127.0.0.1:1", "Content_Type": "application/json"}, 403),
+        ({"Sec_Fetch_Site": "cross-site", "Content_Type": "text/plain"}, 403),
+        ({"Sec_Fetch_Site": "same-site"}, 403),
+        ({"Sec_Fetch_Site": "same-origin", "Origin": "https://translate.example.com"}, 200),  # behind a proxy
+        ({"Origin": "https://translate.example.com", "X_Forwarded_Host": "translate.example.com"}, 200),
+        ({"Origin": "http://127.0.0.1:{port}", "Content_Type": "text/plain"}, 200),  # our page
+        ({"Content_Type": "application/x-www-form-urlencoded"}, 200),  # curl --data
+    ],
+)
+def test_pages_of_other_sites(echo, headers, status):
+    found, answer = ask(echo, **{name: value.replace("{port}", str(echo)) for name, value in headers.items()})
+    assert found == status
+    if status == 403:
+        assert answer == b'{"error":"only the translator\'s own page may use it from a browser"}'
+
+
+def test_one_client_may_not_fill_the_queue():
+    async def ask_all():
+        batcher = serve.Batcher(None)  # nobody translates
+        text = "x" * (serve.MAX_CLIENT_WAITING // 2 - 1)
+        waiting = [asyncio.create_task(batcher.translate([text], client)) for client in ("a", "a")]
+        await asyncio.sleep(0)
+        with pytest.raises(serve.HTTPException, match="too many requests"):
+            await batcher.translate(["three"], "a")
+        waiting.append(asyncio.create_task(batcher.translate(["other"], "b")))
+        await asyncio.sleep(0)
+        for task in waiting:
+            assert not task.done()
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert (batcher.waiting, dict(batcher.waiting_of)) == (0, {})
+
+    asyncio.run(ask_all())
+
+
 @pytest.mark.parametrize("port", ["99999", "taken"])
 def test_a_port_that_cannot_be_had(monkeypatch, port, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:

@@ -18,7 +18,7 @@ from admin_fairseq.analysis.amplification import Case, by_noise, by_update, chan
 from admin_fairseq.analysis.dependency import _normalised, dependency_map, residual_dependency
 from admin_fairseq.analysis.figures import Page, write
 from admin_fairseq.analysis.probe import SubLayer, observe
-from admin_fairseq.analysis.subject import method_name, use_xavier
+from admin_fairseq.analysis.subject import method_name
 from admin_fairseq.analysis.verdict import signs_of, verdict
 from admin_fairseq.profiling import Sample
 from admin_fairseq.rules import stacks
@@ -241,7 +241,7 @@ def test_the_share_counts_the_correlation_of_branch_and_shortcut():
 
 
 def test_a_random_stack_of_admin_is_profiled(monkeypatch):
-    args = Namespace(rest=["--cpu", "--encoder-embed-dim", "16"], sub_layers=12, ffn_init="fairseq")
+    args = Namespace(rest=["--cpu", "--encoder-embed-dim", "16"], sub_layers=12)
     model = amplification.random_case("transformer_admin", "encoder", 1, args).model
     omegas = [layer.final_layer_norm.omega.mean().item() for layer in model.encoder.layers]
     assert model.omega_source == "profiling" and omegas == sorted(omegas) and omegas[-1] > 1.3
@@ -266,10 +266,10 @@ def test_fits():
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
 def test_the_first_layers_of_a_deep_stack_are_a_shallow_one(method, stack):
     """One deep stack serves all N: a stack built on its own, with the same weights, has the same output."""
-    rest = ["--cpu", "--encoder-embed-dim", "16", "--encoder-ffn-embed-dim", "16"]
+    rest = ["--cpu", "--encoder-embed-dim", "16", "--encoder-ffn-embed-dim", "16", "--init-weights", "authors"]
 
     def case(layers):
-        args = Namespace(rest=rest, sub_layers=layers * amplification.PER_LAYER[stack], ffn_init="xavier")
+        args = Namespace(rest=rest, sub_layers=layers * amplification.PER_LAYER[stack])
         return amplification.random_case(f"transformer_{method}", stack, 4, args)
 
     deep, shallow = case(5), case(2)
@@ -282,14 +282,6 @@ def test_the_first_layers_of_a_deep_stack_are_a_shallow_one(method, stack):
     if stack == "encoder":
         torch.testing.assert_close(shallow.outputs()[-1], out["encoder_out"][0].flatten(0, 1))
     assert set(omegas) <= set(state)
-
-
-def test_xavier_draws_feed_forward_weights_wider(build):
-    model, _, _ = build("transformer_postln", "--encoder-embed-dim", "256", "--encoder-ffn-embed-dim", "1024")
-    before = model.encoder.layers[0].fc2.weight.var().item()
-    use_xavier(model)
-    assert model.encoder.layers[0].fc2.weight.var().item() == pytest.approx(2 / 1280, rel=0.02)
-    assert before == pytest.approx(1 / 3072, rel=0.02)
 
 
 def test_the_report_binds_what_this_run_wrote(monkeypatch, tmp_path, capsys):

@@ -9,14 +9,15 @@ from argparse import Namespace
 
 import pytest
 import torch
-from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
+from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from helpers import ROOT, loss_and_gradients, unsettle
 
 from admin_fairseq import AdminError
 from admin_fairseq.architectures import METHODS
 from admin_fairseq.methods import deepnorm_constants
+from admin_fairseq.rules import RuledModel
 
-LANGUAGE_MODELS = [method for method in METHODS if METHODS[method].language_model != "transformer_lm"]
+LANGUAGE_MODELS = [m for m in METHODS if issubclass(MODEL_REGISTRY[METHODS[m].language_model], RuledModel)]
 
 
 def tokens(rows=3, length=7):
@@ -116,3 +117,41 @@ def test_language_models_are_post_ln(method, build_lm):
 def test_deepnorm_of_a_language_model():
     """Wang et al. 2022, figure 2: alpha (2M)^(1/4) and beta (8M)^(-1/4) for a decoder alone."""
     assert deepnorm_constants(0, 8) == {"decoder": (pytest.approx(2.0), pytest.approx(64**-0.25))}
+
+
+@pytest.mark.parametrize("kind", ["transformer", "transformer_lm"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("deepnorm", "b2t", "looklinear")])  # own weights
+def test_the_authors_weights(method, kind, any_model):
+    """Feed-forward networks as Xavier's uniform distribution, biases 0; from one seed, all else as fairseq's."""
+    stock, ours = (
+        dict(any_model(method, kind, "--init-weights", start)[0].named_parameters()) for start in ("fairseq", "authors")
+    )
+    assert stock.keys() == ours.keys()
+    for name, weight in ours.items():
+        module, _, part = name.rpartition(".")
+        module = module.rpartition(".")[2]
+        if module in ("fc1", "fc2") and part == "weight":
+            bound = (6 / sum(weight.shape)) ** 0.5
+            assert 0.9 * bound < weight.abs().max() <= bound
+            assert weight.var().item() == pytest.approx(bound**2 / 3, rel=0.15)  # of 2,048 numbers
+        elif module in ("fc1", "fc2", "q_proj", "k_proj", "v_proj", "out_proj") and part == "bias":
+            assert not weight.any()
+        else:
+            assert torch.equal(weight, stock[name]), name
+
+
+@pytest.mark.parametrize("method", ["b2t", "looklinear"])
+def test_methods_start_from_the_weights_asked_for(method, any_model):
+    """B2T scales by L^(-1/2) and LookLinear mirrors what the authors' fairseq would draw."""
+    options = ("--init-weights", "authors", "--encoder-layers", "4")
+    plain, ours = (any_model(name, "transformer", *options)[0].encoder.layers[0] for name in ("postln", method))
+    if method == "b2t":
+        torch.testing.assert_close(ours.fc1.weight, plain.fc1.weight / 2)
+    else:
+        half = len(plain.fc1.weight) // 2
+        assert torch.equal(ours.fc1.weight, torch.cat([plain.fc1.weight[:half], -plain.fc1.weight[:half]]))
+
+
+def test_another_start_of_weights_is_refused():
+    with pytest.raises(AdminError, match="--init-weights xavier: choose fairseq or authors"):
+        ARCH_CONFIG_REGISTRY["transformer_preln"](Namespace(init_weights="xavier"))

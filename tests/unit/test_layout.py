@@ -10,20 +10,22 @@ from helpers import ROOT
 
 # Files and folders, from the ground up: each imports from the rows above its own, and a folder's files from each other.
 LAYERS = [
-    "errors",
-    "config files",
+    "errors weights arguments",
+    "config files save_dir",
     "norm",
-    "omega",
+    "omega family",
     "rules",
     "architectures",
     "fast optim",
     "model methods",
     "profile_file turns",
     "profiling",
-    "start metrics checkpoints",
+    "start metrics watch checkpoints old_numpy listing hints",
     "hooks",
+    "plugin",
     "__init__",  # the public face
     "analysis",
+    "commands",
     "cli",
     "__main__",
 ]

@@ -6,16 +6,17 @@ from argparse import Namespace
 import pytest
 import torch
 import torch.nn.functional as F
-from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
+from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from helpers import loss_and_gradients, prepared, unsettle
 
 from admin_fairseq import AdminError, sub_layers
 from admin_fairseq.architectures import METHODS
 from admin_fairseq.methods import deepnorm_constants
 from admin_fairseq.omega import CLOSED_FORMS
+from admin_fairseq.rules import RuledModel
 
-# Post-LN and Pre-LN are fairseq's own model, and the other names with Admin's model are options of it
-OURS = [method for method, (model, *_) in METHODS.items() if model != "transformer"]
+# Post-LN and Pre-LN are fairseq's own layers, and the other names with Admin's model are options of it
+OURS = [method for method, (model, *_) in METHODS.items() if issubclass(MODEL_REGISTRY[model], RuledModel)]
 EQUATIONS = [method for method in OURS if METHODS[method].translation == f"transformer_{method}"]
 
 DEPTHS = {

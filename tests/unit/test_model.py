@@ -99,6 +99,8 @@ def test_stock_checkpoint_loads_with_omega_one(build, batch):
         (["--admin-profile", "x.json", "--admin-profile-batches", "2"], "no effect"),
         (["--admin-init", "logn", "--admin-profile-batches", "2"], "no effect"),
         (["--admin-profile-batches", "0"], "at least 1"),
+        (["--admin-init", "logn", "--admin-margin", "4"], "--admin-margin has no effect"),
+        (["--admin-margin", "nan"], "must be positive"),
     ],
 )
 def test_conflicting_options_are_refused(build, options, message):

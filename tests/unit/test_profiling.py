@@ -8,13 +8,14 @@ from fairseq.modules.quantization.scalar.modules import IntLinear
 from fairseq.quantization_utils import quantize_model_scalar
 
 from admin_fairseq import AdminError, Profile, profile, read_profile, sub_layers
+from admin_fairseq.omega import MARGIN
 from admin_fairseq.profiling import _moments, _variance
 
 NO_DROPOUT = ["--dropout", "0"]
 
 
-def authors_rule(model, net_input):
-    """The authors' formulation, written out over fairseq's own sub-modules and numpy.
+def authors_rule(model, net_input, margin):
+    """The authors' formulation (for margin 1), written out over fairseq's own sub-modules and numpy.
 
     Returns omega by stack; leaves the model alone. Padding positions are cut out of every variance.
     """
@@ -24,7 +25,7 @@ def authors_rule(model, net_input):
         shortcut = x * r
         omegas.append(r)
         values = [h.detach().numpy()[keep.numpy()].ravel() for h in (shortcut, f)]
-        r = math.sqrt(np.var(values[0], dtype=np.float64) + np.var(values[1], dtype=np.float64))
+        r = math.sqrt(np.var(values[0], dtype=np.float64) + margin * np.var(values[1], dtype=np.float64))
         return torch.nn.functional.layer_norm(shortcut + f, x.shape[-1:], norm.weight, norm.bias), r
 
     def ffn(layer, x):
@@ -57,13 +58,17 @@ def authors_rule(model, net_input):
     return result
 
 
+@pytest.mark.parametrize("margin", [None, 1, 0.5, 16])
 @pytest.mark.parametrize("same_length", [True, False], ids=["no padding", "padding"])
-def test_omega_follows_the_authors_rule(build, batch, same_length):
-    model, _, _ = build("transformer_admin", *NO_DROPOUT)
+def test_omega_follows_the_authors_rule(build, batch, same_length, margin):
+    """And the same with a margin, in front of every Var[f]."""
+    model, _, _ = build("transformer_admin", *NO_DROPOUT, *(["--admin-margin", str(margin)] if margin else []))
     net_input = batch(same_length=same_length)["net_input"]
     assert net_input["src_tokens"].eq(model.encoder.padding_idx).any() != same_length
-    expected = authors_rule(model, net_input)
+    margin = margin or MARGIN
+    expected = authors_rule(model, net_input, margin)
     result = profile(model, [(net_input, True)])
+    assert result.margin == margin
     for name, stack in model.stacks().items():
         assert getattr(result, name) == pytest.approx(expected[name], rel=1e-5)
         filled = [norm.omega.unique().item() for norm in sub_layers(stack).values()]
@@ -193,12 +198,30 @@ def test_variance_that_is_not_finite(build, batch, batches):
 
 
 def test_profile_file_round_trip(tmp_path):
-    written = Profile(encoder=[1.0, 4 / 3], decoder=[1.0, math.pi, math.e], tokens={"encoder": 7})
+    written = Profile(encoder=[1.0, 4 / 3], decoder=[1.0, math.pi, math.e], tokens={"encoder": 7}, margin=2.5)
     written.write(str(tmp_path / "p.json"))
     read = read_profile(str(tmp_path / "p.json"))
-    assert (read.encoder, read.decoder) == (written.encoder, written.decoder)
+    assert (read.encoder, read.decoder, read.margin) == (written.encoder, written.decoder, 2.5)
     assert json.loads((tmp_path / "p.json").read_text())["version"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
+
+
+def test_a_profile_under_another_margin(build, batch):
+    """Nearly what a pre-pass with that margin finds, from Var[f] or, as in the authors' file, from omega alone."""
+    net_input = batch(24)["net_input"]
+    narrow, wide = (
+        profile(build("transformer_admin", *NO_DROPOUT, "--admin-margin", str(k))[0], [(net_input, True)])
+        for k in (1, 9)
+    )
+    for start, expected in ((narrow, wide), (wide, narrow)):
+        changed = start.with_margin(expected.margin)
+        assert changed.encoder == pytest.approx(expected.encoder, rel=0.06)
+        assert changed.decoder == pytest.approx(expected.decoder, rel=0.06)
+        assert changed.with_margin(start.margin).decoder == pytest.approx(start.decoder)
+    authors = Profile(encoder=[1.0, 2.0, 3.0], decoder=[1.0]).with_margin(4)
+    assert authors.encoder == pytest.approx([1.0, 13**0.5, 33**0.5]) and authors.decoder == [1.0]
+    with pytest.raises(AdminError, match="--admin-margin 9: this profile's encoder omegas"):
+        Profile(encoder=[1.0, 0.5], decoder=[1.0]).with_margin(9)
 
 
 def test_profile_file_is_whole_or_absent(tmp_path, monkeypatch):
@@ -257,6 +280,7 @@ def test_what_the_authors_measure_again_is_not_read(tmp_path, numbered):
         ('{"encoder": [1.0], "decoder": [1.0, Infinity]}', "omega inf for decoder sub-layer 2"),
         ('{"encoder": [1.0, -1], "decoder": [1.0]}', "omega -1.0"),
         ('{"encoder": [0], "decoder": [1.0]}', "omega 0.0"),
+        ('{"encoder": [1.0], "decoder": [1.0], "margin": -1}', "margin -1.0 is not positive"),
         ('{"encoder": [true], "decoder": [1.0]}', "malformed"),
         ('{"encoder": ["1.5"], "decoder": [1.0]}', "malformed"),
         ('{"encoder": [1.0, 1%s], "decoder": [1.0]}' % ("0" * 400), "malformed"),

@@ -1,0 +1,84 @@
+"""What the models of all our architectures share: fairseq's Transformer, with options of its own."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from typing import Any, ClassVar, Mapping
+
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.models.transformer_lm import TransformerLanguageModelConfig
+from torch import nn
+
+from admin_fairseq import weights
+from admin_fairseq.config import POSITIONS, as_namespace
+from admin_fairseq.errors import AdminError
+
+
+class FamilyModel(nn.Module):
+    """A Transformer of one of our architectures; mixed in before fairseq's model class."""
+
+    method: ClassVar[str]  # its name, as in the architectures'
+    own_options: ClassVar[dict[str, Any]] = {"init_weights": "fairseq"}  # and their defaults
+
+    @staticmethod
+    def add_own_args(parser: ArgumentParser) -> None:
+        """Add what ``own_options`` lists to the command line."""
+        parser.add_argument(
+            "--init-weights",
+            choices=[*weights.STARTS],
+            help="how weights start: as fairseq draws them (default), or as the authors' fairseq did, with feed-forward"
+            " networks from Xavier's uniform distribution and biases 0",
+        )
+
+    @classmethod
+    def add_args(cls, parser: ArgumentParser) -> None:
+        super().add_args(parser)
+        cls.add_own_args(parser)
+
+    @classmethod
+    def check(cls, args: Namespace) -> None:
+        """Refuse options that the method cannot honour, before anything is read or written.
+
+        Raises:
+            AdminError: it cannot.
+        """
+        refuse_other(args, {"init_weights": weights.STARTS})
+
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> FamilyModel:
+        args = Namespace(**{**cls.own_options, **vars(as_namespace(args))})  # a checkpoint may be older than an option
+        config = task.args if task.cfg is None else task.cfg  # of a legacy task, and of any other
+        for limit in POSITIONS:
+            if not hasattr(args, limit):  # hydra's model section does not repeat what the task knows
+                setattr(args, limit, getattr(config, limit, None))
+        model = super().build_model(args, task)
+        for module in model.modules():
+            module.can_use_fastpath = False  # fairseq 0.12.2's own encoder, which fails with torch 1.13 and newer
+        weights.STARTS[args.init_weights](model)
+        model.finish(args)
+        return model
+
+    def finish(self, args: Namespace) -> None:
+        """Make of a stock model that was just built one of this method."""
+
+
+class FamilyLanguageModel(FamilyModel):
+    """A decoder-only one; mixed in before fairseq's class."""
+
+    @classmethod
+    def add_args(cls, parser: ArgumentParser) -> None:
+        gen_parser_from_dataclass(parser, TransformerLanguageModelConfig(), delete_default=True)
+        cls.add_own_args(parser)
+
+
+def refuse_other(args: Namespace, choices: Mapping[str, Any], hint: str = "") -> None:
+    """hydra does not check choices.
+
+    Raises:
+        AdminError: an option has a value that is none of its ``choices``.
+    """
+    for option, known in choices.items():
+        if getattr(args, option) not in known:
+            *others, last = known
+            name = option.replace("_", "-")
+            raise AdminError(f"--{name} {getattr(args, option)}: choose {', '.join(others)} or {last}{hint}")

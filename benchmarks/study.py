@@ -1,0 +1,298 @@
+"""The study of how omega and the weights should start: train its runs, keep their results, write docs/reproduction.md.
+
+    python -m benchmarks.study train multi30k=DATA-BIN --out DIR [--only short-18-18] [--jobs 2]
+    python -m benchmarks.study page
+
+The first trains what PLAN lists and is not finished yet, by benchmarks.compare in DIR/<data>/<regime>, and after each
+part of the plan writes all results to benchmarks/records/study.jsonl, where those of other data stay. It can be stopped
+at any time; the same command goes on with the next run. The second writes docs/reproduction.md from that file alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import math
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Iterable, NamedTuple
+
+from admin_fairseq.errors import AdminError
+from admin_fairseq.profile_file import read_profile
+from benchmarks import compare, significance
+from benchmarks.common import ROOT, child_environment, write
+from benchmarks.runs import Run
+from benchmarks.tables import markdown, number, spread
+
+RECORD = ROOT / "benchmarks" / "records" / "study.jsonl"
+PAGE = ROOT / "docs" / "reproduction.md"
+PROSE = Path(__file__).with_name("reproduction.md.in")  # what PAGE says between its tables
+MODEL = shlex.split(
+    "--cpu --share-all-embeddings --encoder-embed-dim 64 --encoder-ffn-embed-dim 128 --encoder-attention-heads 4"
+    " --decoder-attention-heads 4 --max-tokens 1024"
+)
+
+
+class Regime(NamedTuple):
+    warmup: int
+    updates: int
+
+    def __str__(self) -> str:
+        return f"{self.warmup:,} updates of warmup, {self.updates:,} in all"
+
+
+REGIMES = {"short": Regime(200, 600), "paper": Regime(1200, 3200)}
+AUTHORS = "--init-weights authors"
+NAMES = {  # of the methods, in the order of the tables
+    "postln": "Post-LN",
+    "preln": "Pre-LN",
+    "admin": "Admin, K = 1",
+    "admin --admin-margin 4": "Admin, K = 4",
+    "admin --admin-margin 16": "Admin, K = 16",
+    "admin --admin-margin 64": "Admin, K = 64",
+    "admin --admin-init logn": "Admin, logn",
+    "deepnorm": "DeepNorm",
+    "rezero": "ReZero",
+}
+
+
+class Part(NamedTuple):
+    """Runs of one regime and depth: these methods at these rates, from these seeds; all by the same weights' start."""
+
+    regime: str
+    depth: str
+    methods: str  # as in NAMES, by commas
+    rates: str
+    seeds: str = "1"
+    weights: str = AUTHORS
+    bleu: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.regime}-{self.depth}"
+
+
+BOTH = "preln,admin --admin-margin 16"
+MARGINS = "admin,admin --admin-margin 4,admin --admin-margin 64"
+PLAN = [  # what decides most comes first
+    Part("short", "18-18", BOTH, "2e-3,4e-3,8e-3"),
+    Part("short", "18-18", BOTH, "4e-3", "1,2,3", bleu=True),
+    Part("short", "12-12", BOTH, "2e-3,4e-3,8e-3"),
+    Part("short", "6-6", BOTH, "2e-3,4e-3,8e-3"),
+    Part("paper", "18-18", BOTH, "1e-3"),
+    Part("short", "18-18", MARGINS, "2e-3,4e-3"),
+    Part("short", "18-18", "admin --admin-init logn,rezero,deepnorm,postln", "2e-3,4e-3"),
+    Part("short", "18-18", "preln,admin,admin --admin-margin 16,admin --admin-init logn", "2e-3,4e-3", weights=""),
+    Part("short", "12-12", BOTH, "4e-3", "1,2,3", bleu=True),
+    Part("short", "6-6", BOTH, "4e-3", "1,2,3", bleu=True),
+    Part("paper", "12-12", BOTH, "1e-3"),
+    Part("paper", "18-18", f"{BOTH},admin", "5e-4,1e-3,2e-3"),
+    Part("paper", "18-18", BOTH, "1e-3", "1,2,3", bleu=True),
+    Part("paper", "12-12", BOTH, "1e-3", "1,2,3", bleu=True),
+    Part("short", "60-12", BOTH, "1e-3,2e-3,4e-3"),
+]
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> None:
+    """Raises:
+    AdminError: a part of the plan failed; benchmarks.compare has said why.
+    """
+    name, _, data = args.data.partition("=")
+    if not data or not name.replace("-", "").isalnum():
+        raise AdminError(f"{args.data}: give a name and a folder that fairseq-preprocess wrote, multi30k=DATA-BIN")
+    parts = [part for part in PLAN if fnmatch.fnmatch(part.name, args.only)]
+    if not parts:
+        raise AdminError(f"--only {args.only}: the plan has {', '.join(sorted({part.name for part in PLAN}))}")
+    for number_, part in enumerate(parts, 1):
+        regime, methods = (
+            REGIMES[part.regime],
+            [with_weights(method, part.weights) for method in part.methods.split(",")],
+        )
+        command = [sys.executable, "-m", "benchmarks.compare", data, "--out", str(args.out / name / part.regime)]
+        command += ["--methods", ",".join(methods), "--depths", part.depth, "--lr", part.rates, "--seeds", part.seeds]
+        command += ["--warmup", str(regime.warmup), "--updates", str(regime.updates), "--jobs", str(args.jobs)]
+        command += [*([] if part.bleu else ["--no-bleu"]), "--", *MODEL]
+        print(f"== {number_} of {len(parts)}: {name} {part}", flush=True)
+        if subprocess.run(command, env=child_environment(), cwd=ROOT).returncode:
+            raise AdminError(f"{part.name}: see above; the same command goes on")
+        record(name, args.out / name)
+
+
+def with_weights(method: str, weights: str) -> str:
+    base, *options = method.split()
+    return " ".join([base, *weights.split(), *options])
+
+
+def record(name: str, folder: Path) -> None:
+    """Put every finished run in ``folder`` and its differences in BLEU into RECORD, in the place of earlier ones."""
+    rows = [row for row in recorded() if row["data"] != name]
+    for regime in REGIMES:
+        results = {}
+        for file in sorted((folder / regime).glob("*/result.json")):
+            result = json.loads(file.read_text(encoding="utf-8"))
+            run = Run(**{field: result["settings"][field] for field in Run.__dataclass_fields__})
+            results[run] = result
+            step = max(len(result["curve"]) // 25, 1)
+            kept = {key: result[key] for key in ("verdict", "train_ppl", "valid_ppl", "bleu", "seconds", "environment")}
+            curve = [[update, loss and round(loss, 3)] for update, loss in result["curve"][step - 1 :: step]]
+            row = {"data": name, "regime": regime, **vars(run), **kept, "curve": curve}
+            profile = file.with_name("admin_profile.json")
+            rows.append({**row, "shares": shares(profile)} if profile.exists() else row)
+        for depth in sorted({run.depth for run in results}):
+            systems: dict[str, dict[int, significance.Translations]] = {}
+            for run in results:
+                if run.depth == depth and (folder / regime / run.name / "generate.log").exists():
+                    own = systems.setdefault(run.method, {})
+                    own[run.seed] = significance.of_folder(folder / regime / run.name)
+            baselines = [method for method in systems if compare.is_baseline(method.split()[0])]
+            for row in significance.against_best(systems, baselines):
+                rows.append({"data": name, "regime": regime, "depth": depth, "significance": row})
+    write(RECORD, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def shares(profile: Path) -> dict[str, dict[str, float]]:
+    """By stack, the sums of the branches' shares at the start over attention and over feed-forward sub-layers."""
+    found, sums = read_profile(str(profile)), {}
+    for stack, kinds in (("encoder", 2), ("decoder", 3)):
+        variances = zip(getattr(found, stack), found.branch_variance[stack])
+        each = [variance / (omega**2 + variance) for omega, variance in variances]  # behind a LayerNorm Var[x] is 1
+        ffn = sum(each[kinds - 1 :: kinds])
+        sums[stack] = {"attention": round(sum(each) - ffn, 4), "feed-forward": round(ffn, 4)}
+    return sums
+
+
+def recorded() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RECORD.read_text(encoding="utf-8").splitlines()] if RECORD.exists() else []
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def split_method(method: str) -> tuple[str, str]:
+    """The method without its weights' start, and that: "fairseq" or "authors"."""
+    name = method.replace(AUTHORS, "").strip()
+    return " ".join(name.split()), "authors" if AUTHORS in method else "fairseq"
+
+
+def mean(rows: Iterable[dict[str, Any]]) -> float:
+    values = [row["valid_ppl"] for row in rows]
+    return math.inf if None in values else statistics.fmean(values)
+
+
+def best_rate(rows: list[dict[str, Any]]) -> tuple[float, bool]:
+    """The rate with the lowest mean over the seeds that all rates have, and whether it ends the grid."""
+    rates = sorted({row["lr"] for row in rows})
+    common = set.intersection(*({row["seed"] for row in rows if row["lr"] == rate} for rate in rates))
+    best = min(rates, key=lambda rate: mean(row for row in rows if row["lr"] == rate and row["seed"] in common))
+    return best, best in (rates[0], rates[-1])
+
+
+def tables(rows: list[dict[str, Any]], data: str, regime: str) -> str:
+    """By weights' start a table: methods by depth, validation perplexity at each one's best rate, BLEU."""
+    runs = [row for row in rows if row["data"] == data and row["regime"] == regime and "method" in row]
+    depths = sorted({row["depth"] for row in runs}, key=lambda depth: sum(map(int, depth.split("-"))))
+    text = []
+    for weights, title in (("authors", "the authors'"), ("fairseq", "today's fairseq's")):
+        table = [["weights: " + title, *depths]]
+        for method, label in NAMES.items():
+            cells = []
+            for depth in depths:
+                own = [
+                    row for row in runs if row["depth"] == depth and split_method(row["method"]) == (method, weights)
+                ]
+                cells.append(cell(own) if own else "")
+            if any(cells):
+                table.append([label, *cells])
+        if len(table) > 1:
+            text.append(markdown(table))
+    return "\n\n".join(text)
+
+
+def cell(runs: list[dict[str, Any]]) -> str:
+    rate, is_edge = best_rate(runs)
+    chosen = [row for row in runs if row["lr"] == rate]
+    others = sorted({row["lr"] for row in runs} - {rate})
+    bleu = [row["bleu"] for row in chosen if row["bleu"] is not None]
+    parts = [f"**{spread([row['valid_ppl'] for row in chosen])}** at {rate:g}{' (edge)' if is_edge and others else ''}"]
+    parts += [f"{len(chosen)} seeds" if len(chosen) > 1 else "1 seed"]
+    parts += [f"BLEU {spread(bleu)}"] if bleu else []
+    parts += [f"{number(mean(row for row in runs if row['lr'] == lr))} at {lr:g}" for lr in others]
+    return "; ".join(parts)
+
+
+def readings(rows: list[dict[str, Any]], data: str) -> str:
+    """The sum of shares at the start beside the perplexity, of profiled starts in the short regime."""
+    table = [["", "encoder: attention + feed-forward", "decoder", "valid ppl, seed 1"]]
+    found = [row for row in rows if row["data"] == data and "shares" in row and row["regime"] == "short"]
+    for row in sorted(found, key=lambda row: (row["depth"], row["lr"], sum(row["shares"]["encoder"].values()))):
+        if row["seed"] == 1:
+            method, weights = split_method(row["method"])
+            sums = [
+                f"{sum(each.values()):.2f} = {each['attention']:.2f} + {each['feed-forward']:.2f}"
+                for each in row["shares"].values()
+            ]
+            label = f"{row['depth']}, {row['lr']:g}: {NAMES.get(method, method)}, {weights}' weights"
+            table.append([label, *sums, number(row["valid_ppl"])])
+    return markdown(table)
+
+
+def differences(rows: list[dict[str, Any]], data: str) -> str:
+    """BLEU against the best baseline, seed by seed."""
+    table = [["", "against", "BLEU above it, by seed", "p, by seed"]]
+    for row in rows:
+        if row["data"] == data and "significance" in row:
+            found = row["significance"]
+            each = [significance.Difference(*difference) for difference in found["differences"]]
+            names = [" by ".join(split_method(found[key])) for key in ("method", "baseline")]
+            table.append(
+                [
+                    f"{row['regime']}, {row['depth']}: {names[0]}",
+                    names[1],
+                    " ".join(f"{one.above:+.1f}" for one in each),
+                    " ".join(f"{one.p:.3f}" for one in each),
+                ]
+            )
+    return markdown(table) if len(table) > 1 else "None has been translated yet."
+
+
+def page(args: argparse.Namespace) -> None:
+    """Write PAGE: the prose, with a table in the place of each {data regime} and of {data BLEU}."""
+    rows = recorded()
+    text = PROSE.read_text(encoding="utf-8")
+    for name, regime in REGIMES.items():
+        text = text.replace(f"{{{name}}}", str(regime))
+    for data in sorted({row["data"] for row in rows}):
+        for name in REGIMES:
+            text = text.replace(f"{{{data} {name}}}", tables(rows, data, name) or "Not run yet.")
+        text = text.replace(f"{{{data} BLEU}}", differences(rows, data))
+        text = text.replace(f"{{{data} shares}}", readings(rows, data))
+    environments = sorted({row["environment"] for row in rows if "environment" in row})
+    write(PAGE, text.replace("{environments}", "\n".join(f"- {line}" for line in environments)))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("train", help="train what is not finished, and record it")
+    command.add_argument("data", metavar="NAME=DATA-BIN", help="multi30k=FOLDER, as the tables are named")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the runs")
+    command.add_argument("--only", default="*", metavar="PART", help="such as short-18-18 or 'paper-*'")
+    command.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
+    command.set_defaults(run=train)
+    command = commands.add_parser("page", help="write docs/reproduction.md")
+    command.set_defaults(run=page)
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
