@@ -105,8 +105,8 @@ def _omega(data: Data) -> list[str]:
         if record["update"] == 0 and low:
             slow.append(f"{record['label']}, whose first quarter of omega has a mean of {_and(low)}")
     return [
-        f"For trainings of some thousand updates start {name}, from --admin-init logn: starts below {LOW_OMEGA:g}"
-        " learned slowly in ours."
+        f"For trainings of some thousand updates start {name}, from --admin-init logn, or higher by --admin-margin 16:"
+        f" starts below {LOW_OMEGA:g} learned slowly in ours."
         for name in slow
     ]
 
