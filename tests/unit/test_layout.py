@@ -17,7 +17,7 @@ LAYERS = [
     "rules",
     "architectures",
     "fast optim",
-    "model methods",
+    "model methods norms_in_front two_streams",
     "profile_file turns",
     "profiling",
     "start metrics watch checkpoints old_numpy listing hints",
