@@ -118,6 +118,7 @@ def _defaults() -> dict[str, Any]:
 
 
 DEFAULTS = _defaults()
+AS_TYPED = ("decoder_output_dim", "decoder_input_dim")  # fairseq-train keeps their values as strings
 
 
 def is_transformer(arch: Any) -> bool:
@@ -135,8 +136,8 @@ def check_settings(args: Namespace, weights: Weights, layers: Layers) -> None:
         if value is not None and name in DEFAULTS:
             _check_option(name, value)
     largest = max((size for weight in weights.values() for size in weight.shape), default=0)
-    for name in ("decoder_output_dim", "decoder_input_dim"):
-        if (options.get(name) or 0) > largest:
+    for name in AS_TYPED:
+        if _number(options.get(name) or 0) > largest:
             raise AdminError(f"its setting {name} is {options[name]}, larger than any of its weights")
     for name in POSITIONS:
         value = options.get(name)
@@ -164,8 +165,13 @@ def check_settings(args: Namespace, weights: Weights, layers: Layers) -> None:
             raise AdminError(f"its settings are not those of {args.arch} ({what})") from error
 
 
+def _number(value: Any) -> Any:
+    """Of a string of digits its number."""
+    return int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,10}", value) else value
+
+
 def _check_option(name: str, value: Any) -> None:
-    default = DEFAULTS[name]
+    default, value = DEFAULTS[name], _number(value) if name in AS_TYPED else value
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if name == "activation_fn":
         fits = value in utils.get_available_activation_fns()

@@ -16,7 +16,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from omegaconf import OmegaConf
 
 from admin_fairseq import AdminError
-from admin_fairseq.checkpoints import files
+from admin_fairseq.checkpoints import checks, files
 from admin_fairseq.checkpoints.guard import EVALUATED, FORGOTTEN, NAMES, checked, literal
 
 SOURCES = [path for path in Path(fairseq.__file__).parent.rglob("*.py") if "examples" not in path.parts]
@@ -207,3 +207,17 @@ def test_a_registry_is_asked_for_names_only():
         with pytest.raises(AdminError, match=r"its setting task is .*, which is no name"):
             checked({"task": value})
     assert set(tasks.TASK_REGISTRY) == {name for name in tasks.TASK_REGISTRY if checked({"task": name})}
+
+
+def test_a_number_that_fairseq_keeps_as_it_was_typed():
+    """fairseq-train --decoder-output-dim 32 writes "32" into its checkpoints."""
+    weights = {"decoder.output_projection.weight": torch.ones(100, 32)}
+    checks.check_settings(Namespace(decoder_output_dim="32", decoder_input_dim=32), weights, {})
+    for value, line in (
+        ("101", "is 101, larger than any of its weights"),
+        ("3x", "is '3x', which is no value of that"),
+    ):
+        with pytest.raises(AdminError, match=f"its setting decoder_output_dim {line}"):
+            checks.check_settings(Namespace(decoder_output_dim=value), weights, {})
+    with pytest.raises(AdminError, match="its setting encoder_layers is '6', which is no value of that option"):
+        checks.check_settings(Namespace(encoder_layers="6"), weights, {})
