@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import sys
 import zipfile
 
 from tqdm import tqdm
@@ -57,6 +58,8 @@ def run_show(args: argparse.Namespace) -> None:
         weights = files.load(file)["model"]
         start = read_profile(profile) if os.path.exists(profile) else None
         table = show.from_weights(weights, start)
+        for line in show.problems(weights):
+            print(f"warning: {line}", file=sys.stderr)
     else:
         start = read_profile(file)
         table = show.from_profile(start)

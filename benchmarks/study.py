@@ -30,7 +30,7 @@ from benchmarks.tables import markdown, number, spread
 
 RECORD = ROOT / "benchmarks" / "records" / "study.jsonl"
 PAGE = ROOT / "docs" / "reproduction.md"
-PROSE = Path(__file__).with_name("study.md")  # what PAGE says between its tables
+PROSE = Path(__file__).with_name("reproduction.md.in")  # what PAGE says between its tables
 MODEL = shlex.split(
     "--cpu --share-all-embeddings --encoder-embed-dim 64 --encoder-ffn-embed-dim 128 --encoder-attention-heads 4"
     " --decoder-attention-heads 4 --max-tokens 1024"

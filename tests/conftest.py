@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def text(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     splits = [item for name in ("train", "valid", "test") for item in (f"--{name}pref", data.parent / f"{name}.en")]
     preprocess("--only-source", *splits, "--destdir", folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_excepthook(monkeypatch):
+    """A command that is called in this process sets it."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
 
 @pytest.fixture

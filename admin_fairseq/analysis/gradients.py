@@ -205,7 +205,7 @@ def _report(args: Namespace, records: list[dict[str, Any]]) -> None:
         print(f"{caption}\n{aligned(rows, indent='  ')}", end="")
     text = [
         "Gradients of the loss with respect to sub-layer outputs, relative to the largest in the same network, as in"
-        " the paper's figure 3. There, of 18-layer models, only the Post-LN decoder's vanish, and they do so in its"
+        " the paper's figure 3. There, at 18-18 and width 512, only the Post-LN decoder's vanish, in its"
         " encoder-attention sub-layers. The factor of a sub-layer is the gradient's norm at its input over that at its"
         " output, as geometric mean over the sub-layers of a kind.",
         "Relative updates |dW| / |W| are those of one update of each weight matrix in the layers. The paper finds that"

@@ -34,7 +34,7 @@ def from_weights(weights: dict[str, torch.Tensor], start: Profile | None = None)
         if key.endswith("_layer_norm.omega"):
             stack, name = key[: -len(".omega")].split(".layers.")
             layer, norm = name.split(".")
-            std, mean = (number.item() for number in torch.std_mean(value.float(), unbiased=False))
+            std, mean = value.float().std(unbiased=False).item(), value.float().mean().item()
             row: Row = {"layer": int(layer), "sub_layer": sub_layer_name(norm), "omega": mean, "std": std}
             table.setdefault(stack, []).append(row)
     first = {} if start is None else from_profile(start)
@@ -43,6 +43,22 @@ def from_weights(weights: dict[str, torch.Tensor], start: Profile | None = None)
             for row, old in zip(rows, first[stack]):
                 row["start"] = old["omega"]
     return table
+
+
+def problems(weights: dict[str, torch.Tensor]) -> list[str]:
+    """A line for each omega that no training should have."""
+    lines = []
+    for key, value in weights.items():
+        if key.endswith("_layer_norm.omega"):
+            name, size = key[: -len("_layer_norm.omega")], value.numel()
+            broken, low = (~torch.isfinite(value)).sum().item(), (value <= 0).sum().item()
+            if broken:
+                lines.append(
+                    f"{name}: omega is not finite in {broken} of {size} dimensions; take an earlier checkpoint"
+                )
+            elif low:
+                lines.append(f"{name}: omega is zero or negative in {low} of {size} places")
+    return lines
 
 
 def from_profile(profile: Profile) -> Table:

@@ -32,6 +32,27 @@ def checkpoint_of(run: Path) -> Path:
     sys.exit(f"error: {run} holds no checkpoint; give the RUN of a recipe's train.sh, or the folder of make demo")
 
 
+def updates_of(checkpoint: Path) -> int:
+    """How many updates it has seen; of an average, its newest. By a process of its own: a server needs no torch."""
+    script = "import sys; from admin_fairseq.checkpoints import files; history = files.load(sys.argv[1])"
+    script += "['optimizer_history']; print(history[-1]['num_updates'])"
+    command = [sys.executable, "-c", script, str(checkpoint)]
+    found = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True)
+    return int(found.stdout) if found.returncode == 0 else 0  # a checkpoint without an optimizer's history has none
+
+
+def described(run: Path, checkpoint: Path) -> str:
+    """The model in words, for the page."""
+    parts, updates = ["/".join(run.parts[-2:])], updates_of(checkpoint)
+    average = checkpoint.with_name("scores.json")
+    scores = read_json(average) if average.is_file() else {}
+    if len(scores.get("checkpoints", [])) > 1:
+        parts.append(f"average of {len(scores['checkpoints'])} checkpoints")
+    parts += [f"{updates:,} updates"] if updates else []
+    parts += [f"BLEU {value['score']:.1f}" for name, value in scores.items() if name.startswith("detokenised")]
+    return ", ".join(parts)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8"))
 
@@ -66,6 +87,7 @@ def convert(run: Path, out: Path, data: Path | None = None, quantization: str | 
         "target": target,
         "tokenize": {option.lstrip("-"): True for option in tokenize},
         "search": {"beam_size": int(search["BEAM"]), "length_penalty": float(search["LENPEN"])},
+        "model": described(run.absolute(), checkpoint),
     }
 
     converter = Path(sys.executable).with_name("ct2-fairseq-converter")

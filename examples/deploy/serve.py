@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import html
 import json
 import socket
 import sys
@@ -66,6 +67,7 @@ class Translator:
     def __init__(self, folder: Path) -> None:
         text = json.loads((folder / "text.json").read_text("utf-8"))
         self.source, self.target, self.search = text["source"], text["target"], text["search"]
+        self.description = text.get("model", folder.name)
         self.tokenize = make_tokenizer(self.source, **text["tokenize"])
         self.bpe = make_bpe(folder / "codes")
         self.detokenize = MosesDetokenizer(lang=self.target).detokenize
@@ -236,7 +238,9 @@ def refuse(_: Request, error: Exception) -> Response:
 def application(translator: Translator) -> Starlette:
     """The page at / and the end point /translate."""
     content = (HERE / "page.html").read_text("utf-8")
-    content = content.replace("{source}", translator.source).replace("{target}", translator.target)
+    words = {"source": translator.source, "target": translator.target, "model": f"Model: {translator.description}"}
+    for name, value in words.items():
+        content = content.replace(f"{{{name}}}", html.escape(value))
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
     async def page(_: Request) -> Response:

@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from admin_fairseq.analysis import report
 from admin_fairseq.analysis.figures import Page, write
 
 pytest.importorskip("matplotlib")
+
+
+SIZE = "3-2 layers, width 32, feed-forward 64, heads 2"  # of train_here's models
 
 
 @pytest.fixture
@@ -71,6 +75,10 @@ def test_a_checkpoint_is_measured_before_and_after(analyze, data, tmp_path):
     before, after = (model["stacks"]["encoder"]["share"] for model in models)
     assert before == pytest.approx(after, rel=0.3) and before != after
     assert "<svg" in (tmp_path / "out" / "dependency_share.svg").read_text()
+    facts = report.run_facts(Namespace(path=[str(path), str(tmp_path)], arch=[], rest=[str(data), "--seed", "9"]))
+    assert facts["Models"] == f"{path}: {SIZE}; {tmp_path}: {SIZE}" and facts["Seed"] == "9"
+    with pytest.raises(AdminError, match=r"holds no checkpoint_last\.pt"):
+        report.run_facts(Namespace(path=[str(tmp_path / "out")], arch=[], rest=[str(data)]))
 
 
 @pytest.mark.parametrize(

@@ -214,18 +214,6 @@ def test_benchmark(folder):
     assert rows[2][1:4] == [f"{score['score']:.2f}" for name, score in scores.items() if name != "checkpoints"]
 
 
-@pytest.fixture
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not there")
-    with api.sync_playwright() as playwright:
-        path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        if path is None and not os.path.exists(playwright.chromium.executable_path):
-            pytest.skip("no Chromium is installed")
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])  # root has no sandbox
-        yield browser
-        browser.close()
-
-
 def test_in_a_browser(folder, server, browser):
     source, expected = lines(folder / "data/text/raw.test.de")[:2], lines(folder / "run/test/hypotheses.txt")[:2]
     page = browser.new_page()
@@ -233,13 +221,15 @@ def test_in_a_browser(folder, server, browser):
     page.on("request", lambda request: requests.append(request.url))
     page.on("pageerror", lambda error: errors.append(error))
     page.goto(f"http://127.0.0.1:{server.port}/")
-    text, button = page.get_by_label("One sentence a line"), page.get_by_role("button")
+    text, button = page.get_by_label("One sentence a line"), page.get_by_role("button", name="Translate")
     status, translation = page.locator("#status"), page.locator("#translation")
 
     def shows(field, content):
         script = "([id, content]) => document.querySelector(id).textContent === content"
         page.wait_for_function(script, arg=[field, content])
 
+    assert page.title() == page.get_by_role("heading", level=1).text_content() == "German to English"
+    assert page.get_by_text("or Ctrl+Enter").is_visible()
     text.press_sequentially(source[0])
     button.click()
     shows("#translation", expected[0])
@@ -247,10 +237,13 @@ def test_in_a_browser(folder, server, browser):
     text.press_sequentially(source[1])
     text.press("Control+Enter")
     shows("#translation", "\n".join(expected))
+    assert translation.get_attribute("class") in (None, "")
     text.fill("")
     button.click()
     shows("#status", "the text is empty")
-    assert translation.text_content() == ""
+    assert translation.text_content() == "\n".join(expected)  # the last one stays, marked
+    assert translation.get_attribute("class") == "old"
+    assert page.get_by_role("heading", name="Translation of an earlier text").is_visible()
     text.fill("<b>x</b>" * 12_500)
     button.click()
     shows("#status", "the text is too long: 100,000 characters of at most 5,000")
@@ -258,12 +251,51 @@ def test_in_a_browser(folder, server, browser):
     text.fill(source[0])
     button.click()
     shows("#status", "the translator does not answer")
+    assert translation.text_content() == "\n".join(expected)
     page.unroute("**/translate")
     button.click()
     shows("#translation", expected[0])
-    assert status.text_content() == ""
+    assert status.text_content() == "" and translation.get_attribute("class") == ""
+    assert page.get_by_role("heading", name="Translation", exact=True).is_visible()
     assert not errors
     assert {url.rsplit("/", 1)[0] for url in requests} == {f"http://127.0.0.1:{server.port}"}
+
+
+def test_the_page_says_which_model_and_copies(folder, server, browser):
+    bleu = json.loads((folder / "run/test/scores.json").read_text())["detokenised sacreBLEU"]["score"]
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    page.goto(f"http://127.0.0.1:{server.port}/")
+    model = page.get_by_text("Model: ").text_content()
+    assert re.fullmatch(rf"Model: {folder.name}/run, [\d,]+ updates, BLEU {bleu:.1f}", model)
+    copy = page.get_by_role("button", name="Copy")
+    assert copy.is_disabled()
+    page.get_by_label("One sentence a line").fill(lines(folder / "data/text/raw.test.de")[0])
+    page.get_by_role("button", name="Translate").click()
+    copy.click()
+    page.get_by_text("copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == lines(folder / "run/test/hypotheses.txt")[0]
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject() }")
+    copy.click()
+    page.get_by_text("selected: Ctrl+C copies it").wait_for()
+    assert page.evaluate("getSelection().toString()") == lines(folder / "run/test/hypotheses.txt")[0]
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_page_on_a_phone_and_in_the_dark(server, browser, width):
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    page.goto(f"http://127.0.0.1:{server.port}/")
+    page.evaluate("document.querySelector('#translation').textContent = 'x'.repeat(500)")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    for button in page.get_by_role("button").all():
+        assert min(button.bounding_box()[side] for side in ("width", "height")) >= 24
+    # the canvas of the root, which forms and scroll bars follow too
+    colours = {}
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        colours[scheme] = page.evaluate("getComputedStyle(document.body).color")
+    assert page.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light dark"
+    assert colours == {"light": "rgb(0, 0, 0)", "dark": "rgb(255, 255, 255)"}
 
 
 def test_waiting_requests_are_one_batch_and_an_error_ends_only_its_own():
@@ -310,6 +342,7 @@ def calls(monkeypatch):
             command[command.index("--output_dir") + 1].mkdir()
 
     monkeypatch.setattr(convert, "call", call)
+    monkeypatch.setattr(convert, "updates_of", lambda checkpoint: 1200)
     return calls
 
 
@@ -532,6 +565,7 @@ def test_folder_of_make_demo(calls, tmp_path):
         "target": "en",
         "tokenize": {"lowercase": True},
         "search": {"beam_size": 5, "length_penalty": 1.0},
+        "model": f"{tmp_path.name}/demo, 1,200 updates",
     }
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["demo", "out"]
 

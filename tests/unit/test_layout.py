@@ -20,7 +20,7 @@ LAYERS = [
     "model methods",
     "profile_file turns",
     "profiling",
-    "start metrics checkpoints old_numpy listing hints",
+    "start metrics watch checkpoints old_numpy listing hints",
     "hooks",
     "plugin",
     "__init__",  # the public face
