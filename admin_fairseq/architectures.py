@@ -59,7 +59,7 @@ def register_method(name: str) -> Callable[[type[Rule]], type[Rule]]:
         if not (isinstance(rule, type) and issubclass(rule, Rule)):
             raise AdminError(f'@register_method("{name}"): {rule.__name__} must be a class derived from Rule')
         register_models(name, RuledModel, rule.__module__, rule=rule, __doc__=rule.__doc__)
-        register_family(name)
+        register_family(name, **normalize_before(rule.pre_ln))
         return rule
 
     return register
@@ -73,6 +73,11 @@ def register_models(method: str, mixin: type[FamilyModel], module: str, **attrib
         model = type(f"{kind}_{method}", classes, {"method": method, "__module__": module, **attributes})
         setattr(sys.modules[module], model.__name__, model)  # pickle finds a class by its name
         register_model(model.__name__)(model)
+
+
+def normalize_before(pre_ln: bool) -> dict[str, Any]:
+    """fairseq's options for LayerNorms in front of the branches, or behind the sums."""
+    return {"encoder_normalize_before": pre_ln, "decoder_normalize_before": pre_ln}
 
 
 def register_family(method: str, models_of: str | None = None, **options: Any) -> None:

@@ -21,6 +21,10 @@ class AdminError(Exception):
     """The user's input cannot be used; the message says what is wrong and what to do."""
 
 
+class NotFiniteError(AdminError, FloatingPointError):
+    """Numbers of a training are no longer finite; also the error by which fairseq says so."""
+
+
 def explain(error: BaseException) -> str | None:
     """One line for an error that the user's input caused, None for any other (a bug keeps its traceback)."""
     link: BaseException | None = error

@@ -2,9 +2,11 @@
 
 x is a sub-layer's input, f its residual branch after dropout, LN the sub-layer's LayerNorm, N and M the number of
 encoder and decoder layers. Post-LN is LN(x + f); each method below changes that rule or how weights start, and
-@register_method makes architectures of it. docs/extending.md says how to add one, here or in a folder of your own.
-Post-LN and Pre-LN themselves are fairseq's own layers, and the closed forms, fixed and scalar omega are options of
-Admin (:mod:`admin_fairseq.model`).
+@register_method makes architectures of it. Those with a LayerNorm in front of the branches are in
+:mod:`admin_fairseq.norms_in_front`, those with two streams in :mod:`admin_fairseq.two_streams`; docs/methods.md has all
+in one table, and docs/extending.md says how to add one, here or in a folder of your own. Post-LN and Pre-LN themselves
+are fairseq's own layers, and the closed forms, fixed and scalar omega are options of Admin
+(:mod:`admin_fairseq.model`).
 """
 
 from __future__ import annotations
@@ -12,18 +14,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from admin_fairseq.architectures import register_family, register_method, register_models
+from admin_fairseq.architectures import normalize_before, register_family, register_method, register_models
 from admin_fairseq.errors import AdminError
 from admin_fairseq.family import FamilyModel
 from admin_fairseq.rules import Rule
+from admin_fairseq.weights import SCALED, from_xavier, projections
 
 for _method, _is_pre_ln in (("postln", False), ("preln", True)):
-    _normalize_before: dict[str, Any] = {"encoder_normalize_before": _is_pre_ln, "decoder_normalize_before": _is_pre_ln}
     register_models(_method, FamilyModel, __name__)
-    register_family(_method, **_normalize_before)
+    register_family(_method, **normalize_before(_is_pre_ln))
 
 
 @register_method("rezero_postln")
@@ -49,8 +50,7 @@ class ReZero(ReZeroPostLN):
 
     def set_up(self, stack: str, layers: dict[str, int]) -> None:
         super().set_up(stack, layers)
-        for name in self.norm_names():
-            setattr(self, name, nn.Identity())
+        self.drop_norms()
 
 
 @register_method("deepnorm")
@@ -70,12 +70,7 @@ class DeepNorm(Rule):
 
     def set_up(self, stack: str, layers: dict[str, int]) -> None:
         self.alpha, beta = deepnorm_constants(layers.get("encoder", 0), layers["decoder"])[stack]
-        for name, module in self.named_modules():
-            projection = name.split(".")[-1]
-            if projection in ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"):
-                nn.init.xavier_normal_(module.weight, gain=1.0 if projection in ("q_proj", "k_proj") else beta)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        from_xavier(self, beta)
 
     def residual_connection(self, x: Tensor, residual: Tensor) -> Tensor:
         return residual * self.alpha + x
@@ -94,6 +89,63 @@ def deepnorm_constants(encoder_layers: int, decoder_layers: int) -> dict[str, tu
         "encoder": (0.81 * both ** (1 / 16), 0.87 * both ** (-1 / 16)),
         "decoder": ((3 * decoder_layers) ** (1 / 4), (12 * decoder_layers) ** (-1 / 4)),
     }
+
+
+@register_method("tfixup")
+class TFixup(Rule):
+    """x + f, without LayerNorm, from weights so small that Adam needs neither LayerNorm nor warmup.
+
+    Values and outputs of every attention and both maps of the feed-forward network start from Xavier's uniform
+    distribution times 0.67 N^(-1/4) in the encoder and (9 M)^(-1/4) in the decoder, biases at 0, queries and keys as
+    fairseq's. Token embeddings, drawn from N(0, 1/d) as fairseq does, start times (9 N)^(-1/4), the decoder's own with
+    M. The paper has encoder-decoders only: here a language model, which attends to no encoder, starts as an encoder.
+
+    Source: Huang et al. 2020, "Improving Transformer Optimization Through Better Initialization", section 3.2, by their
+    code (layer6ai-labs/T-Fixup, transformer_layer.py and transformer.py) and Papers with Code's description, which
+    agree; the paper itself could not be read here.
+    """
+
+    start_depends_on_depth = True
+
+    def set_up(self, stack: str, layers: dict[str, int]) -> None:
+        self.drop_norms()
+        is_decoder = stack == "decoder" and "encoder" in layers
+        scale = (9 * layers[stack]) ** (-1 / 4) if is_decoder else 0.67 * layers[stack] ** (-1 / 4)
+        for name, module in projections(self):
+            if name in SCALED:
+                nn.init.xavier_uniform_(module.weight, gain=scale)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @staticmethod
+    def set_up_stacks(stacks: dict[str, nn.Module]) -> None:
+        depths: dict[nn.Module, int] = {}
+        for stack in stacks.values():
+            for module in stack.embed_tokens.modules():  # one, or those of --adaptive-input
+                if isinstance(module, nn.Embedding):  # shared: the encoder's depth
+                    depths.setdefault(module, len(list(stack.layers.children())))
+        with torch.no_grad():
+            for embedding, depth in depths.items():
+                embedding.weight.mul_((9 * depth) ** (-1 / 4))
+
+
+@register_method("dsinit")
+class DSInit(Rule):
+    """Post-LN whose weight matrices in layer l of a stack start scaled by l^(-1/2).
+
+    With ``--init-weights authors`` that is the paper's U(-b, b) with b = l^(-1/2) (6 / (inputs + outputs))^(1/2), its
+    alpha 1, but for queries, keys and values, which fairseq draws with another 2^(-1/2).
+
+    Source: Zhang et al. 2019, "Improving Deep Transformer with Depth-Scaled Initialization and Merged Attention",
+    of which only the abstract could be read here; the equation is that of two summaries and of Marian's
+    --transformer-depth-scaling, which agree. (The authors' code, bzhangGo/zero, gives l^(-1/2) to TensorFlow as a scale
+    of the variance, which is l^(-1/4) here.) The paper's other half, merged attention, is left out.
+    """
+
+    def set_up(self, stack: str, layers: dict[str, int]) -> None:
+        with torch.no_grad():
+            for _, module in projections(self):
+                module.weight.mul_(self.number**-0.5)
 
 
 @register_method("looklinear")
@@ -136,9 +188,8 @@ class BottomToTop(Rule):
 
     def set_up(self, stack: str, layers: dict[str, int]) -> None:
         with torch.no_grad():
-            for name, weight in self.named_parameters():
-                if name.endswith("weight") and "layer_norm" not in name:
-                    weight.mul_(layers[stack] ** -0.5)
+            for _, module in projections(self):
+                module.weight.mul_(layers[stack] ** -0.5)
         self.final_layer_norm = BottomToTopNorm(self.embed_dim)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -156,49 +207,3 @@ class BottomToTopNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x + self.bottom)
-
-
-@register_method("residual")
-class ResiDual(Rule):
-    """Post-LN beside a Pre-LN shortcut: x <- LN(x + f(x)) and s <- s + f(x), and the stack ends in x + LN(s).
-
-    Both start at the stack's input. Source: Xie et al. 2023, "ResiDual: Transformer with Dual Residual Connections",
-    section 2 and figure 1. (The LN of s has fairseq's eps, 1e-5; that of the authors' code, microsoft/ResiDual, 1e-7.)
-    Between layers the two travel side by side, as one tensor (time, batch, 2 d), so that
-    fairseq's stacks, activation checkpointing and incremental decoding serve as they are.
-    """
-
-    crosses_sub_layers = True
-
-    @staticmethod
-    def set_up_stack(stack: nn.Module) -> None:
-        stack.layer_norm = ResiDualNorm(stack.layers[0].embed_dim)
-
-    branch_sum: Tensor  # s, while a layer runs
-
-    def residual_connection(self, x: Tensor, residual: Tensor) -> Tensor:
-        self.branch_sum = self.branch_sum + x
-        return residual + x
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        x, self.branch_sum = _split(x, self.embed_dim)
-        try:
-            result = super().forward(x, *args, **kwargs)
-            x, rest = (result[0], result[1:]) if isinstance(result, tuple) else (result, None)
-            both = torch.cat([x, self.branch_sum], dim=-1)
-        finally:
-            self.branch_sum = None
-        return both if rest is None else (both, *rest)
-
-
-class ResiDualNorm(nn.LayerNorm):
-    """The end of a stack: x + LN(s) of the two streams; (time, batch, 2 d) to (time, batch, d)."""
-
-    def forward(self, both: Tensor) -> Tensor:
-        x, branch_sum = _split(both, self.normalized_shape[0])
-        return x + F.layer_norm(branch_sum, self.normalized_shape, self.weight, self.bias, self.eps)
-
-
-def _split(both: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """x and s; in front of the first layer they are the same."""
-    return both.split(dim, dim=-1) if both.shape[-1] == 2 * dim else (both, both)

@@ -43,10 +43,11 @@ class AdminRule(Rule):
         self.dropout_module = nn.Identity()  # the norms own it now
 
     @staticmethod
-    def set_up_stack(stack: nn.Module) -> None:
+    def set_up_stacks(stacks: dict[str, nn.Module]) -> None:
         # The first omega of a stack would only rescale embeddings against fixed positions: it stays 1.
-        for norm in list(sub_layers(stack).values())[:1]:
-            norm.omega.requires_grad_(False)
+        for stack in stacks.values():
+            for norm in list(sub_layers(stack).values())[:1]:
+                norm.omega.requires_grad_(False)
 
     def residual_connection(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         return x, residual

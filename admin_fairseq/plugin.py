@@ -18,7 +18,7 @@ except (ImportError, ValueError) as error:  # on Python 3.11 and newer fairseq 0
 finally:
     logging.root.removeHandler(_placeholder)
 
-from admin_fairseq import hooks, methods, optim  # noqa: E402, F401  (they register themselves)
+from admin_fairseq import hooks, methods, norms_in_front, optim, two_streams  # noqa: E402, F401  (they register themselves)
 from admin_fairseq.architectures import register_method  # noqa: E402, F401
 from admin_fairseq.model import AdminLanguageModel, AdminModel, AdminTransformer  # noqa: E402, F401
 from admin_fairseq.norm import OmegaLayerNorm  # noqa: E402, F401

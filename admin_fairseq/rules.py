@@ -36,9 +36,12 @@ class Rule(nn.Module):
     """
 
     # traits, which analyses and checks ask for
-    depth_matters = False  # a trained layer computes with the number of layers
+    pre_ln = False  # fairseq's Pre-LN layers: a LayerNorm in front of each branch, and one more behind each stack
+    depth_matters = False  # a trained layer computes with the number of layers, or with its own number
     start_depends_on_depth = False  # layers of a deep stack start otherwise than those of a shallow one
     crosses_sub_layers = False  # a sub-layer adds more than its branch to its shortcut, or keeps a second stream
+
+    number: int  # of the layer in its stack, from 1
 
     def set_up(self, stack: str, layers: dict[str, int]) -> None:
         """Make of a finished stock layer of "encoder" or "decoder" one that follows this rule.
@@ -47,12 +50,17 @@ class Rule(nn.Module):
         """
 
     @staticmethod
-    def set_up_stack(stack: nn.Module) -> None:
-        """The same for a stack whose layers follow this rule."""
+    def set_up_stacks(stacks: dict[str, nn.Module]) -> None:
+        """The same for the stacks of a model, by name, whose layers follow this rule."""
 
     def norm_names(self) -> list[str]:
         """The attributes that hold the sub-layers' LayerNorms."""
         return [name for name, _ in self.named_children() if name.endswith("_layer_norm")]
+
+    def drop_norms(self) -> None:
+        """For methods without LayerNorm."""
+        for name in self.norm_names():
+            setattr(self, name, nn.Identity())
 
     # 0.12.2 fills the copies here
     _load_from_state_dict = nn.Module._load_from_state_dict
@@ -77,8 +85,8 @@ def _unpickled(mixin: Any, stock: Any) -> nn.Module:
     return kind.__new__(kind)
 
 
-def adopt(layer: nn.Module, rule: type[Rule], stack: str, layers: dict[str, int]) -> None:
-    """Put a finished stock layer under a rule, in place.
+def adopt(layer: nn.Module, rule: type[Rule], stack: str, layers: dict[str, int], number: int) -> None:
+    """Put a finished stock layer, the one of this number in its stack, under a rule, in place.
 
     In place, because fairseq builds its layers in several ways (stacks, language models, activation
     checkpointing), all of which then serve as they are.
@@ -89,6 +97,7 @@ def adopt(layer: nn.Module, rule: type[Rule], stack: str, layers: dict[str, int]
     if stack == "encoder":
         for name in FAST_PATH_COPIES:
             layer._parameters.pop(name, None)
+    layer.number = number
     layer.set_up(stack, layers)
     if wrapped is not None:
         checkpoint_wrapper(layer, offload_to_cpu=wrapped.args[1])
@@ -108,11 +117,14 @@ class RuledModel(FamilyModel):
     def check(cls, args: Namespace) -> None:
         super().check(args)
         for stack in ("encoder", "decoder"):
-            if getattr(args, f"{stack}_normalize_before", False):
+            pre_ln = getattr(args, f"{stack}_normalize_before", cls.rule.pre_ln)
+            if pre_ln and not cls.rule.pre_ln:
                 raise AdminError(
                     f"--{stack}-normalize-before: this is a Post-LN method; drop the flag,"
                     " or use a stock architecture for a Pre-LN model"
                 )
+            if cls.rule.pre_ln and not pre_ln:
+                raise AdminError(f"{stack}_normalize_before=false: this method's layers are Pre-LN; leave it out")
             layers = getattr(args, f"{stack}_layers", None)
             if layers is not None and layers < 1:
                 raise AdminError(f"--{stack}-layers must be at least 1, not {layers}")
@@ -127,10 +139,10 @@ class RuledModel(FamilyModel):
         # fairseq's list drops layers at random when it is iterated over itself (LayerDrop)
         layers = {name: list(stack.layers.children()) for name, stack in self.stacks().items()}
         depths = {name: len(own) for name, own in layers.items()}
-        for name, stack in self.stacks().items():
-            for layer in layers[name]:
-                adopt(layer, self.rule, name, depths)
-            self.rule.set_up_stack(stack)
+        for name, own in layers.items():
+            for number, layer in enumerate(own, start=1):
+                adopt(layer, self.rule, name, depths, number)
+        self.rule.set_up_stacks(self.stacks())
 
     def stacks(self) -> dict[str, nn.Module]:
         """As :func:`stacks`."""

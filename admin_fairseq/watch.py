@@ -17,7 +17,7 @@ import torch
 from fairseq.trainer import Trainer
 from torch import Tensor
 
-from admin_fairseq.errors import AdminError
+from admin_fairseq.errors import AdminError, NotFiniteError
 from admin_fairseq.model import AdminModel
 from admin_fairseq.norm import OmegaLayerNorm
 from admin_fairseq.omega import observed, sub_layers
@@ -41,7 +41,7 @@ def watch_omega(trainer: Trainer) -> None:
     """Now and then, warn once of each sub-layer whose omega has crossed zero.
 
     Raises:
-        AdminError: an omega is not finite.
+        NotFiniteError: an omega is not finite.
     """
     model, update = trainer.get_model(), trainer.get_num_updates()
     if update % EVERY != 1 or not isinstance(model, AdminModel):
@@ -52,7 +52,7 @@ def watch_omega(trainer: Trainer) -> None:
     warned = trainer.__dict__.setdefault("admin_warned", set())
     for name, (lowest, total) in zip(norms, numbers):
         if total - total != 0:
-            raise AdminError(f"update {update}: omega of {name} is not finite; {REMEDY}{_or_go_on(trainer)}")
+            raise NotFiniteError(f"update {update}: omega of {name} is not finite; {REMEDY}{_or_go_on(trainer)}")
         if lowest <= 0 and name not in warned and trainer.is_data_parallel_master:
             warned.add(name)
             logger.warning(
@@ -61,14 +61,14 @@ def watch_omega(trainer: Trainer) -> None:
             )
 
 
-def explain_numbers(trainer: Trainer, samples: Sequence[Any], error: BaseException) -> AdminError:
+def explain_numbers(trainer: Trainer, samples: Sequence[Any], error: BaseException) -> NotFiniteError:
     """Which sub-layer fairseq's FloatingPointError comes from, at which update, and what to try."""
     model = trainer.get_model()
     where = f"{' '.join(str(error).split())[:100]}"
     with contextlib.suppress(Exception):  # a diagnosis, of a model that is broken
         found = _first_not_finite(trainer, model, samples)
         where = f"{found} is not finite ({where})" if found else where
-    return AdminError(f"update {trainer.get_num_updates() + 1}: {where}; {REMEDY}{_or_go_on(trainer)}")
+    return NotFiniteError(f"update {trainer.get_num_updates() + 1}: {where}; {REMEDY}{_or_go_on(trainer)}")
 
 
 def _first_not_finite(trainer: Trainer, model: torch.nn.Module, samples: Sequence[Any]) -> str | None:

@@ -79,12 +79,10 @@ def dependency_map(sub_layers: list[SubLayer], final_norm: nn.Module | None) -> 
     for i, sub_layer in enumerate(tqdm(sub_layers, desc="dependency map", unit="sub-layer", delay=3, leave=False)):
         parts = torch.cat([sub_layer.scale(parts), sub_layer.branch[None]])
         bias = sub_layer.scale(bias)
-        if sub_layer.pre_ln:
-            norm = sub_layers[i + 1].norm if i + 1 < len(sub_layers) else final_norm
-            read, read_bias = _normalised(norm, parts, bias)
-        else:
-            parts, bias = _normalised(sub_layer.norm, parts, bias)
-            read, read_bias = parts, bias
+        parts, bias = _normalised(sub_layer.norm_out if sub_layer.pre_ln else sub_layer.norm, parts, bias)
+        last = i + 1 == len(sub_layers)
+        norm = final_norm if last else sub_layers[i + 1].norm if sub_layers[i + 1].pre_ln else None
+        read, read_bias = _normalised(norm, parts, bias)
         own, offset = _variance(read), _variance(read_bias[None])
         total = (own.sum() + offset.sum()).item()
         result["beta2"].append((own / total).tolist())

@@ -23,7 +23,7 @@ class SubLayer:
     """A sub-layer and what passed through it.
 
     The sum that it computes is ``scale(x)`` + ``branch``; ``norm`` follows it (``pre_ln`` False) or stands in front of
-    the branch. ``x`` and ``branch`` are (positions, d), without padding and dropout.
+    the branch, and then ``norm_out`` may follow. ``x`` and ``branch`` are (positions, d), without padding and dropout.
     """
 
     stack: str
@@ -34,6 +34,7 @@ class SubLayer:
     scale: Callable[[Tensor], Tensor]
     x: Tensor
     branch: Tensor
+    norm_out: nn.Module | None = None
 
     def variances(self) -> tuple[float, float, float]:
         """(Var[shortcut], Var[branch], Var[their sum]), over all positions and dimensions."""
@@ -64,13 +65,16 @@ def observe(model: nn.Module, sample: Sample, seen: Callable[[SubLayer], None]) 
 
 
 def _report(seen: Callable[[SubLayer], None], stack: str, number: int, keep: Tensor, *parts: Any) -> None:
-    name, norm, pre_ln, scale, x, branch = parts
-    seen(SubLayer(stack, number, name, norm, pre_ln, scale, x[keep], branch[keep]))
+    name, norm, pre_ln, scale, x, branch, *norm_out = parts
+    seen(SubLayer(stack, number, name, norm, pre_ln, scale, x[keep], branch[keep], *norm_out))
 
 
 @contextlib.contextmanager
 def _watched(layer: nn.Module, report: Callable[..., None]) -> Iterator[None]:
-    """``report(name, norm, pre_ln, scale, x, branch)`` of every sub-layer of a layer, x and branch (time, batch, d)."""
+    """``report(name, norm, pre_ln, scale, x, branch, norm_out)`` of every sub-layer of a layer.
+
+    x and branch are (time, batch, d), norm_out the LayerNorm that a Pre-LN layer puts behind the sum, if it does.
+    """
     if getattr(layer, "crosses_sub_layers", False):
         raise AdminError(
             f"{type(layer).__name__} layers have paths across sub-layers; this analysis takes methods in which each"
@@ -85,16 +89,18 @@ def _watched(layer: nn.Module, report: Callable[..., None]) -> Iterator[None]:
             yield
         return
     rule, calls = layer.residual_connection, iter(norms.items())
+    add = getattr(layer, "add", rule)  # without the LayerNorm behind the sum
 
     def residual_connection(f: Tensor, x: Tensor) -> Tensor:
-        out = rule(f, x)
         name, norm = next(calls)
 
         def scale(part: Tensor) -> Tensor:
-            return rule(torch.zeros_like(part), part)
+            nothing = torch.zeros_like(part)
+            return add(nothing, part) - add(nothing, nothing)  # a LayerNorm on the branch has a bias
 
-        report(name, norm, layer.normalize_before, scale, x, out - scale(x))
-        return out
+        norm_out = layer.norm_out if hasattr(layer, "add") else None
+        report(name, norm, layer.normalize_before, scale, x, add(f, x) - scale(x), norm_out)
+        return rule(f, x)
 
     layer.residual_connection = residual_connection
     try:

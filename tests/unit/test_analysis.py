@@ -99,14 +99,14 @@ def first_batch(batch, same_length=False):
     return Sample(batch(8, same_length=same_length)["net_input"])
 
 
-RULES = ["preln", "admin_sqrt", "deepnorm", "rezero"]  # the others are built as one of these
+RULES = ["preln", "admin_sqrt", "deepnorm", "rezero", "periln", "keel"]  # the others are built as one of these
 
 
 @pytest.mark.parametrize("method", RULES)
 def test_the_probe_sees_the_sum_of_every_sub_layer(build, batch, method):
     model, _, _ = build(f"transformer_{method}")
     for name, weight in model.named_parameters():
-        if name.endswith("rezero_weight"):
+        if name.endswith(("rezero_weight", "layer_norm_out.bias")):
             nn.init.constant_(weight, 0.7)
     seen = []
     observe(model.train(), first_batch(batch, same_length=True), seen.append)
@@ -117,6 +117,8 @@ def test_the_probe_sees_the_sum_of_every_sub_layer(build, batch, method):
             out = one.scale(one.x) + one.branch
             if not one.pre_ln and not isinstance(one.norm, nn.Identity):
                 out = nn.LayerNorm.forward(one.norm, out)
+            if one.norm_out is not None:
+                out = one.norm_out(out)
             torch.testing.assert_close(two.x, out.detach(), rtol=1e-4, atol=1e-5)
     for layer in model.encoder.layers:
         assert "residual_connection" not in vars(layer)
@@ -144,6 +146,21 @@ def test_rows_sum_to_one_and_admin_at_omega_one_is_post_ln(build, batch):
             assert sum(row) + bias == pytest.approx(1)
 
 
+def test_mixed_places_of_norms(build, batch):
+    """Mix-LN's last Post-LN sub-layer is read behind the LayerNorm of the first Pre-LN one."""
+    model = build("transformer_mixln", "--encoder-layers", "4")[0]
+    seen = []
+    observe(model, first_batch(batch), lambda sub_layer: seen.append(sub_layer))
+    seen = [sub_layer for sub_layer in seen if sub_layer.stack == "encoder"]
+    assert [sub_layer.pre_ln for sub_layer in seen] == [False] * 2 + [True] * 6
+    before = dependency_map(seen, model.encoder.layer_norm)["beta2"]
+    with torch.no_grad():
+        seen[2].norm.weight[:16] = 0
+    after = dependency_map(seen, model.encoder.layer_norm)["beta2"]
+    changed = [one != pytest.approx(two) for one, two in zip(before, after)]
+    assert changed == [False, True] + [False] * 6
+
+
 def test_admin_leans_on_its_branches_less(build, batch):
     sample = first_batch(batch)
     shares = [
@@ -165,7 +182,7 @@ def test_padding_does_not_enter(build, batch):
 
 
 def test_methods_with_paths_across_sub_layers_are_refused(build, batch):
-    for method in ("b2t", "residual"):
+    for method in ("b2t", "residual", "siamese"):
         with pytest.raises(AdminError, match="paths across sub-layers"):
             residual_dependency(build(f"transformer_{method}")[0], first_batch(batch), 16)
 

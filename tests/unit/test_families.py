@@ -17,6 +17,8 @@ from admin_fairseq.architectures import METHODS
 from admin_fairseq.methods import deepnorm_constants
 from admin_fairseq.rules import RuledModel
 
+# with a LayerNorm in front of every branch
+IN_FRONT = ("preln", "periln", "keel", "lnscaling", "mixln", "subln", "siamese")
 LANGUAGE_MODELS = [m for m in METHODS if issubclass(MODEL_REGISTRY[METHODS[m].language_model], RuledModel)]
 
 
@@ -41,7 +43,7 @@ def test_names_of_language_models(method):
         ARCH_CONFIG_REGISTRY[name](args)
         assert ARCH_MODEL_REGISTRY[name] is ARCH_MODEL_REGISTRY[f"transformer_lm_{method}"]
         assert args.decoder_layers == layers
-        assert args.decoder_normalize_before is (method == "preln")
+        assert args.decoder_normalize_before is (method in IN_FRONT)
         for option in vars(stock).keys() - {"decoder_layers", "decoder_normalize_before"}:
             assert getattr(args, option) == getattr(stock, option)
 
@@ -109,9 +111,13 @@ def test_language_models_with_checkpointed_activations(method, any_model):
 
 
 @pytest.mark.parametrize("method", LANGUAGE_MODELS)
-def test_language_models_are_post_ln(method, build_lm):
-    with pytest.raises(AdminError, match="--decoder-normalize-before"):
-        build_lm(f"transformer_lm_{method}", "--decoder-normalize-before")
+def test_norms_of_language_models_stay_in_place(method, build_lm):
+    if method in IN_FRONT:  # hydra can say so
+        with pytest.raises(AdminError, match="decoder_normalize_before=false"):
+            ARCH_CONFIG_REGISTRY[f"transformer_lm_{method}"](Namespace(decoder_normalize_before=False))
+    else:
+        with pytest.raises(AdminError, match="--decoder-normalize-before"):
+            build_lm(f"transformer_lm_{method}", "--decoder-normalize-before")
 
 
 def test_deepnorm_of_a_language_model():
@@ -119,8 +125,11 @@ def test_deepnorm_of_a_language_model():
     assert deepnorm_constants(0, 8) == {"decoder": (pytest.approx(2.0), pytest.approx(64**-0.25))}
 
 
+OWN_WEIGHTS = ("deepnorm", "b2t", "looklinear", "dsinit", "tfixup", "subln")
+
+
 @pytest.mark.parametrize("kind", ["transformer", "transformer_lm"])
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("deepnorm", "b2t", "looklinear")])  # own weights
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in OWN_WEIGHTS])
 def test_the_authors_weights(method, kind, any_model):
     """Feed-forward networks as Xavier's uniform distribution, biases 0; from one seed, all else as fairseq's."""
     stock, ours = (
@@ -140,12 +149,12 @@ def test_the_authors_weights(method, kind, any_model):
             assert torch.equal(weight, stock[name]), name
 
 
-@pytest.mark.parametrize("method", ["b2t", "looklinear"])
+@pytest.mark.parametrize("method", ["b2t", "looklinear", "dsinit"])
 def test_methods_start_from_the_weights_asked_for(method, any_model):
-    """B2T scales by L^(-1/2) and LookLinear mirrors what the authors' fairseq would draw."""
+    """B2T and DS-Init scale, by L^(-1/2) and l^(-1/2), and LookLinear mirrors what the authors' fairseq would draw."""
     options = ("--init-weights", "authors", "--encoder-layers", "4")
-    plain, ours = (any_model(name, "transformer", *options)[0].encoder.layers[0] for name in ("postln", method))
-    if method == "b2t":
+    plain, ours = (any_model(name, "transformer", *options)[0].encoder.layers[3] for name in ("postln", method))
+    if method in ("b2t", "dsinit"):
         torch.testing.assert_close(ours.fc1.weight, plain.fc1.weight / 2)
     else:
         half = len(plain.fc1.weight) // 2

@@ -62,7 +62,7 @@ def test_numbers_that_are_not_finite_are_named(training, tmp_path, where):
 def test_other_models_name_a_weight(training):
     trainer, samples = training("transformer")
     trainer.get_model().decoder.layers[0].fc1.bias.data.fill_(float("inf"))
-    with pytest.raises(AdminError, match=r"update 1: the weight decoder\.layers\.0\.fc1\.bias is not finite"):
+    with pytest.raises(FloatingPointError, match=r"update 1: the weight decoder\.layers\.0\.fc1\.bias is not finite"):
         trainer.train_step(samples)
 
 
