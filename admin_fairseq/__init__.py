@@ -29,11 +29,14 @@ __all__ = [
 
 
 def _is_own_command() -> bool:
-    program = sys.argv[0] if getattr(sys, "argv", None) else ""
-    if program == "-m":  # Python before 3.10 does not say which module is run
-        words = getattr(sys, "orig_argv", [])
-        return ("-m", "admin_fairseq") in zip(words, words[1:])
-    return os.path.basename(program) == "admin-fairseq"
+    """Whether ``admin-fairseq`` or ``python -m admin_fairseq`` is what imports this package."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_run_module_as_main":  # runpy's, which has imported no more than packages yet
+            return frame.f_locals.get("mod_name") == "admin_fairseq"
+        frame = frame.f_back
+    program = getattr(sys, "argv", None) or [""]  # none where Python is embedded
+    return os.path.basename(program[0]) == "admin-fairseq"
 
 
 def __getattr__(name: str) -> Any:

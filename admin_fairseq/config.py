@@ -6,7 +6,7 @@ import difflib
 from argparse import ArgumentParser, Namespace
 from typing import Any, Iterable
 
-from fairseq.models import MODEL_REGISTRY
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from omegaconf import OmegaConf
 
 from admin_fairseq.errors import AdminError
@@ -37,6 +37,14 @@ def as_namespace(args: Any) -> Namespace:
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """The names that are most like one that there is not."""
     return ", ".join(difflib.get_close_matches(name, [*known], count, cutoff=0))
+
+
+def unknown_architecture(name: str) -> str:
+    """What to say of a name for --arch that there is not."""
+    return (
+        f"--arch {name}: no such architecture; the nearest: {nearest(name, ARCH_MODEL_REGISTRY)}."
+        " admin-fairseq archs lists them; --encoder-layers and --decoder-layers make any depth"
+    )
 
 
 def refuse_unknown(args: Namespace, model: str, defaults: Iterable[str]) -> None:

@@ -10,9 +10,7 @@ import importlib.util
 import re
 from argparse import ArgumentParser, Namespace
 
-from fairseq.models import ARCH_MODEL_REGISTRY
-
-from admin_fairseq.config import nearest
+from admin_fairseq.config import unknown_architecture
 from admin_fairseq.errors import AdminError
 
 INSIDE = "drop it: the pre-pass runs inside the one training command, with --arch transformer_admin or a depth of it"
@@ -47,10 +45,7 @@ def instead_of(message: str) -> str | None:
     """One line for what argparse refuses, if it is a name of another implementation or an architecture; else None."""
     choice = re.match(r"argument (\S+): invalid choice: '([^']*)'", message)
     if choice and choice[1].startswith("--arch"):
-        return (
-            f"--arch {choice[2]}: no such architecture; the nearest: {nearest(choice[2], ARCH_MODEL_REGISTRY)}."
-            " admin-fairseq archs lists them; --encoder-layers and --decoder-layers make any depth"
-        )
+        return unknown_architecture(choice[2])
     if choice and choice[2] in VALUES:
         return f"{choice[1]} {choice[2]}: {VALUES[choice[2]]} {PAGE}"
     if not message.startswith("unrecognized arguments: "):

@@ -9,7 +9,7 @@ from argparse import Namespace
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 
 from admin_fairseq.architectures import DEPTHS, LM_DEPTHS, METHODS, STOCK
-from admin_fairseq.config import nearest
+from admin_fairseq.config import nearest, unknown_architecture
 from admin_fairseq.errors import AdminError
 from admin_fairseq.files import aligned
 
@@ -87,7 +87,7 @@ def options(arch: str) -> str:
         AdminError: there is no such architecture.
     """
     if arch not in ARCH_MODEL_REGISTRY:
-        raise AdminError(f"{arch}: no such architecture; the nearest: {nearest(arch, ARCH_MODEL_REGISTRY)}")
+        raise AdminError(unknown_architecture(arch))
     model, defaults = ARCH_MODEL_REGISTRY[arch], _defaults(arch)
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, add_help=False)
     model.add_args(parser)

@@ -19,6 +19,7 @@ from torch import nn
 
 from admin_fairseq.checkpoints import files
 from admin_fairseq.checkpoints.verify import load_model
+from admin_fairseq.config import unknown_architecture
 from admin_fairseq.errors import DATA_HINT, AdminError
 from admin_fairseq.model import AdminModel
 from admin_fairseq.profiling import Sample
@@ -91,7 +92,7 @@ def parse(arch: str, rest: Sequence[str], only_given: bool = False) -> Namespace
     """
     import_user_dir(rest)
     if arch not in ARCH_MODEL_REGISTRY:
-        raise AdminError(f"--arch {arch}: no such architecture")
+        raise AdminError(unknown_architecture(arch))
     parser = options.get_training_parser()
 
     def refuse(message: str) -> None:
