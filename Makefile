@@ -9,12 +9,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # with a GPU; the pinned torch is for CPUs, so say which Python has one: make gpu-report PYTHON=...
 OUT ?= gpu-report
 
-.PHONY: help demo lint test test-recipes test-robustness test-all test-slow gpu-report clean
+.PHONY: help demo lint test test-recipes test-robustness fuzz test-all test-slow gpu-report clean
 
 help:
 	@echo "make demo       train an 18-18 Transformer as Post-LN, Pre-LN and Admin, compare and draw (about 10 minutes)"
 	@echo "make test       lint, tests of the modules and of the commands (at most 6 minutes on two cores)"
 	@echo "make test-all   these, and then those of examples/ and benchmarks/ and attacks (at most 20 minutes)"
+	@echo "make fuzz       10,000 damaged checkpoints and profiles against every command"
 	@echo "make test-slow  tests that take minutes each: 72 layers at full width"
 	@echo "make gpu-report PYTHON=python  speed on a GPU, with a Python that has torch for it; figures in OUT=gpu-report"
 	@echo "make clean      remove the environment and the demo's output"
@@ -37,6 +38,9 @@ test-recipes: $(READY)
 
 test-robustness: $(READY)
 	$(PYTEST) tests/robustness
+
+fuzz: $(READY)
+	FUZZ=910 $(PYTEST) tests/robustness/test_fuzz.py
 
 test-all: test
 	$(MAKE) test-recipes
