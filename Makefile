@@ -9,13 +9,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # with a GPU; the pinned torch is for CPUs, so say which Python has one: make gpu-report PYTHON=...
 OUT ?= gpu-report
 
-.PHONY: help demo lint test test-recipes test-robustness kills test-all test-slow gpu-report clean
+.PHONY: help demo lint test test-recipes test-robustness kills fuzz test-all test-slow gpu-report clean
 
 help:
 	@echo "make demo       train an 18-18 Transformer as Post-LN, Pre-LN and Admin, compare and draw (about 10 minutes)"
 	@echo "make test       lint, tests of the modules and of the commands (at most 6 minutes on two cores)"
 	@echo "make test-all   these, and then those of examples/ and benchmarks/ and attacks (at most 20 minutes)"
 	@echo "make kills      50 kills a command and a step of a recipe, instead of the 2 of test-all"
+	@echo "make fuzz       10,000 damaged checkpoints and profiles against every command"
 	@echo "make test-slow  tests that take minutes each: 72 layers at full width"
 	@echo "make gpu-report PYTHON=python  speed on a GPU, with a Python that has torch for it; figures in OUT=gpu-report"
 	@echo "make clean      remove the environment and the demo's output"
@@ -41,6 +42,9 @@ test-robustness: $(READY)
 
 kills: $(READY)
 	KILLS=50 $(PYTEST) tests/robustness/test_kills.py
+
+fuzz: $(READY)
+	FUZZ=910 $(PYTEST) tests/robustness/test_fuzz.py
 
 test-all: test
 	$(MAKE) test-recipes

@@ -24,7 +24,7 @@ from admin_fairseq import fast, hints, old_numpy, save_dir
 from admin_fairseq.checkpoints.files import read
 from admin_fairseq.checkpoints.guard import guard_fairseq
 from admin_fairseq.checkpoints.unpickling import SAFE_GLOBALS, SENT_GLOBALS
-from admin_fairseq.errors import AdminError
+from admin_fairseq.errors import AdminError, NotFiniteError
 from admin_fairseq.metrics import log_omega, without_omega
 from admin_fairseq.model import AdminModel
 from admin_fairseq.rules import FULLY_SHARDED, RuledModel
@@ -101,6 +101,8 @@ def _train_step_and_watch(
 ) -> Any:
     try:
         result = train_step(trainer, samples, *args, **options)
+    except NotFiniteError:
+        raise
     except Exception as error:  # fairseq looks for the layer by hooks that fail, with newer torch, in one of their own
         first: BaseException | None = error
         while first is not None and not isinstance(first, FloatingPointError):

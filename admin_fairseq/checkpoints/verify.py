@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from typing import Any, Iterator, NamedTuple
 from unittest import mock
@@ -39,7 +40,7 @@ def compare(state: State, folded: State, data: str, sentences: int = 200, untie:
     larger than rounding explains, or a translation that differs.
 
     Raises:
-        AdminError: there is no sentence.
+        AdminError: there is no sentence, or a model computes no numbers.
     """
     task, dataset = load_data(settings(state), data, "test", "valid")
     exact = fold({**state, "model": _to(state["model"], torch.float64)}, untie)
@@ -55,6 +56,10 @@ def compare(state: State, folded: State, data: str, sentences: int = 200, untie:
             for batch in batches:
                 one, two = (model(**batch["net_input"])[0] for model in pair)
                 difference = (one - two).abs().max().item()
+                if not math.isfinite(difference):
+                    raise AdminError(
+                        f"the models' logits on DATA are not finite in {str(dtype)[6:]}: nothing to compare"
+                    )
                 absolute, relative = max(absolute, difference), max(relative, difference / one.abs().max().item())
         lines.append(f"{str(dtype)[6:]}: largest difference of logits {absolute:.1e} absolute, {relative:.1e} relative")
         limit = LARGEST_ABSOLUTE if dtype == torch.float64 else LARGEST_RELATIVE[weights.dtype]

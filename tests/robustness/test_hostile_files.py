@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from helpers import ROOT
+from helpers import ROOT, generate, run, train
 
 from admin_fairseq import AdminError
 from admin_fairseq.checkpoints.files import load
@@ -61,6 +61,52 @@ def test_arrays_keep_shape_order_and_type(tmp_path, value):
     assert np.array_equal(state["odd"], value)
     assert (state["odd"].dtype, state["odd"].flags.f_contiguous) == (value.dtype, value.flags.f_contiguous)
     assert (state["scalar"], state["scalar"].dtype) == (value[1, 1], value.dtype)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="torch's own safe loading of these begins there")
+def test_torch_loads_the_same_for_workers_who_are_sent_a_state(tmp_path):
+    torch.save({"array": np.arange(6).reshape(2, 3), "scalar": np.float64(2.5)}, tmp_path / "c.pt")
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    assert (state["array"].tolist(), state["scalar"]) == ([[0, 1, 2], [3, 4, 5]], 2.5)
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    assert train(data, folder, "--admin-init", "logn", updates=1).code == 0
+    return folder / "checkpoint_last.pt"
+
+
+def test_fairseqs_own_commands_refuse_settings_that_are_code(data, trained, tmp_path):
+    """Before a model is built, and where a training would go on from such a file; of a user_dir nothing is imported."""
+    state, proof = torch.load(trained), tmp_path / "proof"
+    state["cfg"]["model"].adaptive_softmax_cutoff = f"__import__('os').system('touch {proof}') or [100, 200]"
+    torch.save(state, tmp_path / "bad.pt")
+    bad = tmp_path / "bad.pt"
+    runs = [
+        generate(data, bad),
+        run("fairseq-validate", data, "--task", "translation", "--path", bad, "--cpu", "--max-tokens", "800"),
+        train(data, tmp_path / "out", "--restore-file", bad, updates=2),
+        train(data, tmp_path / "out", "--finetune-from-model", bad, updates=2),
+    ]
+    for result in runs:
+        assert result.lines("admin_fairseq: error:"), result.output
+        (line,) = result.lines("admin_fairseq: error:")
+        assert "its setting adaptive_softmax_cutoff is" in line
+        assert "Traceback" not in result.output
+        assert result.code == 1
+    assert not proof.exists()
+
+
+def test_half_a_checkpoint_last_is_said_in_one_line(data, trained, tmp_path):
+    whole = trained.read_bytes()
+    (tmp_path / "checkpoint_1_1.pt").write_bytes(whole)
+    (tmp_path / "checkpoint_last.pt").write_bytes(whole[: len(whole) // 2])
+    result = train(data, tmp_path, updates=2)
+    (line,) = result.lines("admin_fairseq: error:")
+    assert line.endswith(f"{tmp_path}/checkpoint_1_1.pt is whole")
+    assert "Traceback" not in result.output
+    assert result.code == 1
 
 
 def test_the_readme_and_these_files_are_of_one_mind():

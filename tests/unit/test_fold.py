@@ -361,3 +361,13 @@ def test_verify_finds_a_difference(build, data):
     folded["model"]["decoder.output_projection.weight"] = output.flip(0)
     failures = "; ".join(compare(state, folded, str(data), sentences=10).failures)
     assert re.search(r"logits differ by .* in float32, .*; \d+ of 10 translations differ", failures)
+
+
+def test_verify_of_a_model_that_computes_no_numbers(build, data):
+    """Weights that are finite, and whose products are not: no difference is more than none."""
+    model, _, cfg = build("transformer_admin")
+    state = state_of(randomise(model), cfg)
+    state["model"]["decoder.layers.1.final_layer_norm.weight"] *= 1e30
+    state["model"]["decoder.output_projection.weight"] *= 1e35
+    with pytest.raises(AdminError, match="logits on DATA are not finite"):
+        compare(state, fold(state), str(data), sentences=4)
