@@ -61,7 +61,7 @@ gpu-report:
 # what requirements.txt asks for, to the last package and with hashes: .ci/lock writes it
 LOCKED := $(PIP) --no-deps --no-build-isolation --require-hashes -r
 
-$(READY): requirements-build.lock requirements.lock requirements-cuda.lock requirements-fairseq.txt setup.py pyproject.toml
+$(READY): $(wildcard requirements*.lock) requirements-fairseq.txt setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
 		{ echo "The pinned environment needs Python 3.11 or 3.12; say which, for example: make demo PYTHON=python3.12"; exit 1; }
 	@echo "Setting up in $(VENV), once."
@@ -70,7 +70,7 @@ $(READY): requirements-build.lock requirements.lock requirements-cuda.lock requi
 	@echo "2/4  torch and other packages of requirements.lock"
 	@$(LOCKED) requirements-build.lock
 	@$(LOCKED) requirements.lock
-	@$(BIN)/python -m pip list --format freeze | grep -q '^torch==.*+cpu' || $(LOCKED) requirements-cuda.lock
+	@$(LOCKED) requirements-cpu.lock 2>/dev/null || $(LOCKED) requirements-cuda.lock
 	@echo "3/4  fairseq (on Python 3.11 it is compiled here: about two minutes of silence)"
 	@CFLAGS="-O0 -g0" $(LOCKED) requirements-fairseq.txt
 	@echo "4/4  admin_fairseq itself"

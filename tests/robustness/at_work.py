@@ -28,12 +28,12 @@ def commands(data: Path, inputs: Path, out: Path) -> dict[str, list]:
 
 
 class Command:
-    """admin-fairseq in a process forked from one that has imported fairseq."""
+    """admin-fairseq, or another program, in a process forked from one that has imported fairseq."""
 
-    def __init__(self, arguments: list, log: Path) -> None:
+    def __init__(self, arguments: list, log: Path, program: str = "admin-fairseq") -> None:
         argv, environment = [*map(str, arguments)], dict(os.environ, PYTHONPATH=str(ROOT))
         self.process = forked._forks.Process(
-            target=forked._main, args=("admin-fairseq", argv, str(ROOT), environment, str(log))
+            target=forked._main, args=(program, argv, str(ROOT), environment, str(log))
         )
         self.process.start()
 

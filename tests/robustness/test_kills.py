@@ -11,13 +11,14 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Callable
 
 import pytest
-from at_work import STEPS, Command, commands, start
-from helpers import checkpoint
+from at_work import EXAMPLES, STEPS, Command, commands, start
+from helpers import ROOT, TINY, TRAIN, checkpoint
 
 KILLS = int(os.environ.get("KILLS", "2"))
 
@@ -70,6 +71,42 @@ def test_a_killed_command(data, inputs, tmp_path, name):
     print(f"{name}: {kills} kills")
 
 
+def test_a_killed_training(data, tmp_path):
+    """fairseq-train goes on from what it finds; before it, as in train.sh, half a last checkpoint is replaced."""
+    options = ["--update-epoch-batch-itr", "True", "--save-interval-updates", "2", "--keep-interval-updates", "1"]
+
+    def start(folder: Path) -> Command:
+        command = [sys.executable, EXAMPLES / "common/checkpoints.py", folder]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        argv = [data, "--arch", "transformer_admin", "--save-dir", folder, *TINY, *TRAIN, *options, "--max-update", 8]
+        plugin = ["--user-dir", ROOT / "admin_fairseq", "--disable-validation"]
+        return Command([*argv, *plugin], tmp_path / "log", "fairseq-train")
+
+    def weights(folder: Path) -> dict[str, bytes]:
+        model = checkpoint(folder / "checkpoint_last.pt")["model"]
+        return {name: weight.numpy().tobytes() for name, weight in model.items()}
+
+    whole, run, dice = tmp_path / "whole", tmp_path / "run", random.Random("train")
+    started = time.monotonic()
+    assert start(whole).end() == 0, (tmp_path / "log").read_text()
+    expected, seconds = weights(whole), time.monotonic() - started
+    kills = 0
+    while True:
+        run.mkdir(exist_ok=True)
+        command = start(run)
+        if kills < KILLS and wait_for(dice, seconds, run, command.is_over):
+            command.kill()
+            kills += 1
+            continue
+        assert command.end() == 0, (tmp_path / "log").read_text()
+        assert weights(run) == expected
+        assert sorted(os.listdir(run)) == sorted(os.listdir(whole))
+        if kills >= KILLS:
+            break
+        shutil.rmtree(run)
+    print(f"train: {kills} kills")
+
+
 # ---- recipes -----------------------------------------------------------------------------------------------------
 
 
@@ -84,6 +121,7 @@ def contents(folder: Path, step: str) -> dict[str, object]:
     return {name: (folder / "run/test" / name).read_bytes() for name in ("scores.json", "hypotheses.txt")}
 
 
+@pytest.mark.skipif(KILLS < 10, reason="tests/recipes kills each step once; make kills does it more often")
 @pytest.mark.parametrize("step", STEPS)
 def test_a_killed_recipe(whole, tmp_path, step):
     """Killed again and again, it goes on from where it was until it is done, and then begins anew."""
