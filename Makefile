@@ -9,12 +9,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # with a GPU; the pinned torch is for CPUs, so say which Python has one: make gpu-report PYTHON=...
 OUT ?= gpu-report
 
-.PHONY: help demo lint test test-recipes test-all test-slow gpu-report clean
+.PHONY: help demo lint test test-recipes test-robustness kills test-all test-slow gpu-report clean
 
 help:
 	@echo "make demo       train an 18-18 Transformer as Post-LN, Pre-LN and Admin, compare and draw (about 10 minutes)"
 	@echo "make test       lint, tests of the modules and of the commands (at most 6 minutes on two cores)"
-	@echo "make test-all   these, and then the tests of examples/ and benchmarks/ (at most 20 minutes)"
+	@echo "make test-all   these, and then those of examples/ and benchmarks/ and attacks (at most 20 minutes)"
+	@echo "make kills      50 kills a command and a step of a recipe, instead of the 2 of test-all"
 	@echo "make test-slow  tests that take minutes each: 72 layers at full width"
 	@echo "make gpu-report PYTHON=python  speed on a GPU, with a Python that has torch for it; figures in OUT=gpu-report"
 	@echo "make clean      remove the environment and the demo's output"
@@ -35,8 +36,15 @@ test: lint
 test-recipes: $(READY)
 	$(PYTEST) tests/recipes
 
+test-robustness: $(READY)
+	$(PYTEST) tests/robustness
+
+kills: $(READY)
+	KILLS=50 $(PYTEST) tests/robustness/test_kills.py
+
 test-all: test
 	$(MAKE) test-recipes
+	$(MAKE) test-robustness
 
 test-slow: $(READY)
 	$(PYTEST) -m slow
@@ -46,16 +54,21 @@ gpu-report:
 	$(PYTHON) -m benchmarks.speed --device cuda --dtype bf16 --depths 18-18,60-12 --out $(OUT)/speed
 	$(PYTHON) -m benchmarks.speed --gpu-report --out $(OUT)/batches
 
-$(READY): requirements.txt requirements-fairseq.txt setup.py pyproject.toml
+# what requirements.txt asks for, to the last package and with hashes: .ci/lock writes it
+LOCKED := $(PIP) --no-deps --no-build-isolation --require-hashes -r
+
+$(READY): requirements-build.lock requirements.lock requirements-cuda.lock requirements-fairseq.txt setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
 		{ echo "The pinned environment needs Python 3.11 or 3.12; say which, for example: make demo PYTHON=python3.12"; exit 1; }
 	@echo "Setting up in $(VENV), once."
 	@echo "1/4  virtual environment, $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
-	@echo "2/4  torch and other packages of requirements.txt"
-	@$(PIP) -r requirements.txt
+	@echo "2/4  torch and other packages of requirements.lock"
+	@$(LOCKED) requirements-build.lock
+	@$(LOCKED) requirements.lock
+	@$(BIN)/python -m pip list --format freeze | grep -q '^torch==.*+cpu' || $(LOCKED) requirements-cuda.lock
 	@echo "3/4  fairseq (on Python 3.11 it is compiled here: about two minutes of silence)"
-	@CFLAGS="-O0 -g0" $(PIP) --no-deps --no-build-isolation --require-hashes -r requirements-fairseq.txt
+	@CFLAGS="-O0 -g0" $(LOCKED) requirements-fairseq.txt
 	@echo "4/4  admin_fairseq itself"
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@

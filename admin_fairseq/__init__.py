@@ -5,31 +5,10 @@ registers the architectures (:mod:`admin_fairseq.architectures`) and has the pro
 trainer (:mod:`admin_fairseq.hooks`). The paper's equation is in :mod:`admin_fairseq.norm`.
 """
 
-import logging
-
-from admin_fairseq.errors import AdminError, install_excepthook
-
-install_excepthook()
-_placeholder = logging.NullHandler()  # with one, the modules of fairseq that set up everybody's logging do not
-logging.root.addHandler(_placeholder)
-try:
-    from fairseq.models.transformer import TransformerEncoderBase  # noqa: F401  (new in fairseq 0.12)
-except (ImportError, ValueError) as error:  # on Python 3.11 and newer fairseq 0.12.2 raises a ValueError
-    raise ImportError(
-        "admin_fairseq needs fairseq 0.12 or newer, and none can be imported here"
-        f" ({str(error)[:100]}): pip install fairseq-fixed==0.12.3.1, or fairseq==0.12.2 on Python 3.8 to 3.10"
-    ) from error
-finally:
-    logging.root.removeHandler(_placeholder)
-
-from admin_fairseq import hooks, methods, norms_in_front, optim, two_streams  # noqa: E402, F401  (they register themselves)
-from admin_fairseq.architectures import register_method  # noqa: E402
-from admin_fairseq.model import AdminLanguageModel, AdminModel, AdminTransformer  # noqa: E402
-from admin_fairseq.norm import OmegaLayerNorm  # noqa: E402
-from admin_fairseq.omega import register_start, sub_layers  # noqa: E402
-from admin_fairseq.profile_file import Profile, read_profile  # noqa: E402
-from admin_fairseq.profiling import Sample, profile  # noqa: E402
-from admin_fairseq.rules import Rule  # noqa: E402
+import importlib
+import os
+import sys
+from typing import Any
 
 __version__ = "0.1.0"
 __all__ = [
@@ -48,4 +27,34 @@ __all__ = [
     "sub_layers",
 ]
 
-hooks.install()
+
+def _is_own_command() -> bool:
+    program = sys.argv[0] if getattr(sys, "argv", None) else ""
+    if program == "-m":  # Python before 3.10 does not say which module is run
+        words = getattr(sys, "orig_argv", [])
+        return ("-m", "admin_fairseq") in zip(words, words[1:])
+    return os.path.basename(program) == "admin-fairseq"
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("admin_fairseq.plugin"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if not _is_own_command():  # which answers --help before it imports fairseq for seconds
+    from admin_fairseq.plugin import (
+        AdminError,
+        AdminLanguageModel,
+        AdminModel,
+        AdminTransformer,
+        OmegaLayerNorm,
+        Profile,
+        Rule,
+        Sample,
+        profile,
+        read_profile,
+        register_method,
+        register_start,
+        sub_layers,
+    )

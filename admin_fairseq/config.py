@@ -34,6 +34,11 @@ def as_namespace(args: Any) -> Namespace:
     return Namespace(**options)
 
 
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """The names that are most like one that there is not."""
+    return ", ".join(difflib.get_close_matches(name, [*known], count, cutoff=0))
+
+
 def refuse_unknown(args: Namespace, model: str, defaults: Iterable[str]) -> None:
     """hydra checks what a config file says against a dataclass, which our models have not (see :func:`as_namespace`).
 

@@ -6,13 +6,23 @@ import os
 import re
 import sys
 import traceback
-from types import TracebackType
+from types import FrameType, TracebackType
+from typing import Iterable
 
 DATA_HINT = "DATA is the folder that fairseq-preprocess wrote (its --destdir), with dict.<lang>.txt, train and valid"
+
+SIZES = re.compile(
+    r"size mismatch for \w+\.(?:embed_tokens|output_projection)\.weight: copying a param with shape"
+    r" torch\.Size\(\[(\d+), (\d+)\]\) from checkpoint, the shape in current model is torch\.Size\(\[(\d+), (\d+)\]\)"
+)
 
 
 class AdminError(Exception):
     """The user's input cannot be used; the message says what is wrong and what to do."""
+
+
+class NotFiniteError(AdminError, FloatingPointError):
+    """Numbers of a training are no longer finite; also the error by which fairseq says so."""
 
 
 def explain(error: BaseException) -> str | None:
@@ -32,10 +42,17 @@ def explain(error: BaseException) -> str | None:
 def _explain_fairseq(error: BaseException) -> str | None:
     """What fairseq itself raises when DATA, a folder or a checkpoint is not what it should be."""
     text, frames = str(error), traceback.extract_tb(error.__traceback__)
+    if isinstance(error, AssertionError) and text and "fairseq_cli" in frames[-1].filename:
+        return text  # of one option that needs another
     files = [frame.filename for frame in frames if f"{os.sep}fairseq{os.sep}" in frame.filename]
     files = [file for file in files if os.path.basename(file) != "file_io.py"]  # its wrapper of open()
     if not files:
         return None
+    if isinstance(error, OSError) and os.path.basename(error.filename or "") == "dict.txt":
+        return (
+            f"{error.strerror}: {error.filename}; a language model needs the dict.txt of its own data in DATA, and one"
+            " for --lm-path must be of the target language's words"
+        )
     if isinstance(error, OSError):
         reading_data = os.path.basename(os.path.dirname(files[-1])) in ("data", "tasks")
         what = f"{error.strerror}: {error.filename}" if error.filename else text
@@ -50,7 +67,23 @@ def _explain_fairseq(error: BaseException) -> str | None:
             " the maximum positions, or fewer pairs than --required-batch-size-multiple"
         )
     if text.startswith("--finetune-from-model"):
-        return text
+        return text.split(": {")[0]  # and then the whole configuration
+    if "size mismatch" in text + str(error.__context__):
+        sizes = SIZES.search(text) or SIZES.search(str(error.__context__))
+        if sizes and sizes[1] != sizes[3] and sizes[2] == sizes[4]:
+            return (
+                f"the checkpoint's dictionary has {sizes[1]} words and that in DATA {sizes[3]}: make DATA with the"
+                " dictionaries of the data that it was trained on, fairseq-preprocess --srcdict OLD/dict.de.txt"
+                " --tgtdict OLD/dict.en.txt"
+            )
+    is_searching = os.path.basename(files[-1]) == "sequence_generator.py"
+    if is_searching and text.startswith("The size of tensor a"):  # where probabilities are added up
+        return "the language model of --lm-path must have the dictionary of the target language, word for word"
+    if is_searching and isinstance(error, AssertionError):
+        return (
+            "the search cannot go on from the words that are given; with a language model add --sample-break-mode"
+            " eos, and --prefix-size N to continue the first N words of each line"
+        )
     if text.startswith("loaded state dict contains a parameter group") or "optimizer_history" in text:
         return (
             "the checkpoint's optimizer state does not fit this model; to start from its weights alone add"
@@ -71,12 +104,25 @@ def _explain_fairseq(error: BaseException) -> str | None:
     return None
 
 
-def install_excepthook() -> None:
-    """Print :func:`explain`'s line instead of a traceback when such an error ends the process."""
+def _names(folder: str, frames: Iterable[tuple[FrameType, int]]) -> bool:
+    files = (os.path.abspath(frame.f_code.co_filename) for frame, _ in frames)
+    return any(os.path.basename(os.path.dirname(file)) == folder for file in files)
+
+
+def is_running(folder: str) -> bool:
+    """Whether a function of a file in a folder of this name is running, as fairseq_cli's are in fairseq's commands."""
+    return _names(folder, traceback.walk_stack(sys._getframe()))
+
+
+def install_excepthook(folder: str) -> None:
+    """Print :func:`explain`'s line instead of a traceback when such an error ends a command of ``folder``'s files.
+
+    Other code, which may run in the same process, keeps its tracebacks.
+    """
     previous = sys.excepthook
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        line = explain(error)
+        line = explain(error) if _names(folder, traceback.walk_tb(trace)) else None
         if line is None:
             previous(kind, error, trace)
         else:

@@ -52,6 +52,8 @@ class FamilyModel(nn.Module):
             if not hasattr(args, limit):  # hydra's model section does not repeat what the task knows
                 setattr(args, limit, getattr(config, limit, None))
         model = super().build_model(args, task)
+        for module in model.modules():
+            module.can_use_fastpath = False  # fairseq 0.12.2's own encoder, which fails with torch 1.13 and newer
         weights.STARTS[args.init_weights](model)
         model.finish(args)
         return model

@@ -110,6 +110,12 @@ def json_text(data: Any) -> str:
     return json.dumps(plain(data), indent=1, allow_nan=False) + "\n"
 
 
+def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> str:
+    """A table of text, each head over its column."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "".join(indent + "  ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in rows)
+
+
 def as_csv(rows: Sequence[dict[str, Any]], columns: Iterable[str] | None = None) -> str:
     """Rows as a CSV table, by default with every column that one of them has."""
     out = io.StringIO()

@@ -1,7 +1,7 @@
 """omega in fairseq's own metrics, for TensorBoard, Weights & Biases, Aim and Azure ML.
 
-Each sub-layer has a mean and a standard deviation over its dimensions, under the names that the checkpoint uses:
-``omega_mean/decoder.layers.0.self_attn``, ``omega_std/decoder.layers.0.self_attn``. They are metrics that fairseq
+Each sub-layer has a mean and a standard deviation over its dimensions, as
+``omega_mean/decoder.layers.0.self_attn`` and ``omega_std/decoder.layers.0.ffn``. They are metrics that fairseq
 derives when it reports, so other steps cost nothing, and that it does not write into checkpoints.
 """
 
@@ -16,6 +16,7 @@ from fairseq.trainer import Trainer
 
 from admin_fairseq.model import AdminModel
 from admin_fairseq.omega import sub_layers
+from admin_fairseq.profile_file import sub_layer_name
 
 PREFIXES = ("omega_mean/", "omega_std/")
 
@@ -29,8 +30,13 @@ def statistics(model: AdminModel) -> dict[str, float]:
             omegas = torch.stack([norm.omega.detach() for norm in norms.values()]).float()
             deviations, means = torch.std_mean(omegas, dim=1, unbiased=False)
             values += [means, deviations]
-            names += [f"{prefix}{stack_name}.{name[: -len('_layer_norm')]}" for prefix in PREFIXES for name in norms]
+            names += [f"{prefix}{stack_name}.{_shown(name)}" for prefix in PREFIXES for name in norms]
     return dict(zip(names, torch.cat(values).tolist())) if values else {}
+
+
+def _shown(norm: str) -> str:
+    layer, _, kind = norm.rpartition(".")
+    return f"{layer}.{sub_layer_name(kind)}"
 
 
 def log_omega(trainer: Trainer) -> None:

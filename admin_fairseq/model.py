@@ -30,7 +30,10 @@ logger = logging.getLogger(__name__)
 
 
 class AdminRule(Rule):
-    """Draws no random number: from the same seed, every weight shared with the stock layer is its to the bit."""
+    """LN(omega x + f), with a trainable omega that starts from measured variances.
+
+    Draws no random number: from the same seed, every weight shared with the stock layer is its to the bit.
+    """
 
     dropout_module: nn.Module
 

@@ -22,7 +22,7 @@ class OldNumpy:
         return getattr(np, name)
 
     @staticmethod
-    def percentile(*args: Any, interpolation: str = "linear", **options: Any) -> Any:
+    def percentile(*args: Any, interpolation: Any = "linear", **options: Any) -> Any:
         """Its option is ``method`` since numpy 1.22, and nothing else since 2.4."""
         return np.percentile(*args, method=interpolation, **options)
 

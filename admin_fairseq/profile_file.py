@@ -23,6 +23,12 @@ VERSION = 1  # of the profile file
 STACKS = ("encoder", "decoder")
 
 
+def sub_layer_name(norm: str) -> str:
+    """ "self_attn", "encoder_attn" or "ffn", of fairseq's name for the sub-layer's LayerNorm."""
+    kind = norm[: -len("_layer_norm")]
+    return "ffn" if kind == "final" else kind
+
+
 @dataclass
 class Profile:
     """omega's first values and what they were measured on.
@@ -93,7 +99,7 @@ class Profile:
         Empty where the variances were not recorded.
         """
         variances = zip(self.branch_variance.get(stack, []), self.shortcut_variance.get(stack, []))
-        return [branch / (shortcut + branch) for branch, shortcut in variances]
+        return [branch / max(shortcut + branch, 1e-300) for branch, shortcut in variances]
 
     def write(self, path: str) -> None:
         """Write JSON; the file appears whole or not at all.
@@ -138,7 +144,7 @@ def read_profile(path: str, encoder_sub_layers: int | None = None, decoder_sub_l
             for kind in ("branch_variance", "shortcut_variance"):
                 for name, variances in content.get(kind, {}).items():
                     if len(variances) == len(content[name]):
-                        getattr(profile, kind)[name] = [float(variance) for variance in variances]
+                        getattr(profile, kind)[name] = [_variance(variance) for variance in variances]
         else:
             profile = _parse_authors_profile(text, encoder_sub_layers, decoder_sub_layers)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -155,6 +161,12 @@ def read_profile(path: str, encoder_sub_layers: int | None = None, decoder_sub_l
                     " and positive"
                 )
     return profile
+
+
+def _variance(number: Any) -> float:
+    if not (isinstance(number, (int, float)) and 0 <= number < math.inf):
+        raise ValueError(f"a variance is {number}")
+    return float(number)
 
 
 def _parse_authors_profile(text: str, encoder_sub_layers: int | None, decoder_sub_layers: int | None) -> Profile:

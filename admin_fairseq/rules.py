@@ -95,7 +95,6 @@ def adopt(layer: nn.Module, rule: type[Rule], stack: str, layers: dict[str, int]
     vars(layer).pop("precheckpoint_forward", None)
     layer.__class__ = mixed(rule, type(layer))
     if stack == "encoder":
-        layer.can_use_fastpath = False
         for name in FAST_PATH_COPIES:
             layer._parameters.pop(name, None)
     layer.number = number

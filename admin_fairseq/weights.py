@@ -2,7 +2,7 @@
 
 fairseq 0.8 and 0.9, which the paper and deepnmt used, draw both matrices of a feed-forward network from Xavier's
 uniform distribution; fairseq 0.10 and newer leave torch's default, so that Var[f] of that branch is 5.8 times less at
-512/2048. Everything else has started alike since, but for biases.
+512/2048. Everything else starts as it did then, but for biases.
 """
 
 from __future__ import annotations

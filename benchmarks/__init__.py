@@ -13,3 +13,6 @@ records/ holds results with the commands that gave them.
 """
 
 import admin_fairseq  # noqa: F401  (before fairseq, whose modules set up everybody's logging)
+from admin_fairseq.errors import install_excepthook
+
+install_excepthook("benchmarks")

@@ -23,6 +23,9 @@ def perplexity(loss: float) -> float | None:
     return math.exp(loss) if loss < 350 else None
 
 
+NOT_FINITE = re.compile(r"^(?:FloatingPointError|admin_fairseq: error: update \d+): (.*)", re.M)  # fairseq's, and ours
+
+
 def read_log(lines: list[tuple[float, str]], memory: float | None, positional: float, updates: int) -> Result:
     """Verdict, perplexities, speed, memory and loss curve of a run of so many updates, from its lines and their times.
 
@@ -40,7 +43,7 @@ def read_log(lines: list[tuple[float, str]], memory: float | None, positional: f
     rows = [(moment, re.search(r"\| train_inner \| (\{.*\})", line)) for moment, line in lines]
     rows = [(moment, json.loads(found[1])) for moment, found in rows if found]
     curve = [(int(row["num_updates"]), nats(row)) for _, row in rows]
-    error = re.search(r"^FloatingPointError: (.*)", log, re.M)
+    error = NOT_FINITE.search(log)
     valid = re.findall(r"\| valid \| (\{.*\})", log)
     done = max(map(int, re.findall(r'num_updates": "?(\d+)', log)), default=0)
     if done < updates and not error:

@@ -25,7 +25,7 @@ from admin_fairseq.architectures import METHODS
 from admin_fairseq.errors import AdminError
 from benchmarks.common import PLUGIN, child_environment, given, peak_memory, versions_and_hardware, write
 from benchmarks.data import Data, fingerprint
-from benchmarks.logs import Result, RunError, bleu, read_log
+from benchmarks.logs import NOT_FINITE, Result, RunError, bleu, read_log
 from benchmarks.significance import of_folder
 from examples.common.score import CometError, comet
 
@@ -131,7 +131,7 @@ class Runner:
                 memory = peak_memory(process.pid) or memory
         with self.guard:
             self.live.remove(process)
-        if process.returncode != 0 and not any(line.startswith("FloatingPointError: ") for _, line in lines):
+        if process.returncode != 0 and not any(NOT_FINITE.match(line) for _, line in lines):
             last = next((line.strip() for _, line in reversed(lines) if line.strip()), "no output")
             raise RunError(f"exit code {process.returncode}: {last[:300]} (all of it in {log})")
         return lines, memory

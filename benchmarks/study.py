@@ -5,8 +5,7 @@
 
 The first trains what PLAN lists and is not finished yet, by benchmarks.compare in DIR/<data>/<regime>, and after each
 part of the plan writes all results to benchmarks/records/study.jsonl, where those of other data stay. It can be stopped
-at any time; the same command goes on with the next run. The second writes docs/reproduction.md and its figure from that
-file alone.
+at any time; the same command goes on with the next run. The second writes docs/reproduction.md from that file alone.
 """
 
 from __future__ import annotations
@@ -23,16 +22,15 @@ from pathlib import Path
 from typing import Any, Iterable, NamedTuple
 
 from admin_fairseq.errors import AdminError
+from admin_fairseq.profile_file import read_profile
 from benchmarks import compare, significance
 from benchmarks.common import ROOT, child_environment, write
-from benchmarks.figures import panels
 from benchmarks.runs import Run
 from benchmarks.tables import markdown, number, spread
 
 RECORD = ROOT / "benchmarks" / "records" / "study.jsonl"
 PAGE = ROOT / "docs" / "reproduction.md"
-FIGURE = ROOT / "docs" / "reproduction.png"
-PROSE = Path(__file__).with_name("study.md")  # what PAGE says between its tables
+PROSE = Path(__file__).with_name("reproduction.md.in")  # what PAGE says between its tables
 MODEL = shlex.split(
     "--cpu --share-all-embeddings --encoder-embed-dim 64 --encoder-ffn-embed-dim 128 --encoder-attention-heads 4"
     " --decoder-attention-heads 4 --max-tokens 1024"
@@ -42,6 +40,9 @@ MODEL = shlex.split(
 class Regime(NamedTuple):
     warmup: int
     updates: int
+
+    def __str__(self) -> str:
+        return f"{self.warmup:,} updates of warmup, {self.updates:,} in all"
 
 
 REGIMES = {"short": Regime(200, 600), "paper": Regime(1200, 3200)}
@@ -141,7 +142,9 @@ def record(name: str, folder: Path) -> None:
             step = max(len(result["curve"]) // 25, 1)
             kept = {key: result[key] for key in ("verdict", "train_ppl", "valid_ppl", "bleu", "seconds", "environment")}
             curve = [[update, loss and round(loss, 3)] for update, loss in result["curve"][step - 1 :: step]]
-            rows.append({"data": name, "regime": regime, **vars(run), **kept, "curve": curve})
+            row = {"data": name, "regime": regime, **vars(run), **kept, "curve": curve}
+            profile = file.with_name("admin_profile.json")
+            rows.append({**row, "shares": shares(profile)} if profile.exists() else row)
         for depth in sorted({run.depth for run in results}):
             systems: dict[str, dict[int, significance.Translations]] = {}
             for run in results:
@@ -152,6 +155,17 @@ def record(name: str, folder: Path) -> None:
             for row in significance.against_best(systems, baselines):
                 rows.append({"data": name, "regime": regime, "depth": depth, "significance": row})
     write(RECORD, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def shares(profile: Path) -> dict[str, dict[str, float]]:
+    """By stack, the sums of the branches' shares at the start over attention and over feed-forward sub-layers."""
+    found, sums = read_profile(str(profile)), {}
+    for stack, kinds in (("encoder", 2), ("decoder", 3)):
+        variances = zip(getattr(found, stack), found.branch_variance[stack])
+        each = [variance / (omega**2 + variance) for omega, variance in variances]  # behind a LayerNorm Var[x] is 1
+        ffn = sum(each[kinds - 1 :: kinds])
+        sums[stack] = {"attention": round(sum(each) - ffn, 4), "feed-forward": round(ffn, 4)}
+    return sums
 
 
 def recorded() -> list[dict[str, Any]]:
@@ -213,6 +227,22 @@ def cell(runs: list[dict[str, Any]]) -> str:
     return "; ".join(parts)
 
 
+def readings(rows: list[dict[str, Any]], data: str) -> str:
+    """The sum of shares at the start beside the perplexity, of profiled starts in the short regime."""
+    table = [["", "encoder: attention + feed-forward", "decoder", "valid ppl, seed 1"]]
+    found = [row for row in rows if row["data"] == data and "shares" in row and row["regime"] == "short"]
+    for row in sorted(found, key=lambda row: (row["depth"], row["lr"], sum(row["shares"]["encoder"].values()))):
+        if row["seed"] == 1:
+            method, weights = split_method(row["method"])
+            sums = [
+                f"{sum(each.values()):.2f} = {each['attention']:.2f} + {each['feed-forward']:.2f}"
+                for each in row["shares"].values()
+            ]
+            label = f"{row['depth']}, {row['lr']:g}: {NAMES.get(method, method)}, {weights}' weights"
+            table.append([label, *sums, number(row["valid_ppl"])])
+    return markdown(table)
+
+
 def differences(rows: list[dict[str, Any]], data: str) -> str:
     """BLEU against the best baseline, seed by seed."""
     table = [["", "against", "BLEU above it, by seed", "p, by seed"]]
@@ -232,29 +262,17 @@ def differences(rows: list[dict[str, Any]], data: str) -> str:
     return markdown(table) if len(table) > 1 else "None has been translated yet."
 
 
-def figure(rows: list[dict[str, Any]], data: str, depth: str) -> bytes:
-    """Validation perplexity by learning rate, a panel a regime."""
-    lines = {}
-    for regime in REGIMES:
-        for method, label in NAMES.items():
-            own = [row for row in rows if (row["data"], row["regime"], row["depth"]) == (data, regime, depth)]
-            own = [row for row in own if "method" in row and split_method(row["method"]) == (method, "authors")]
-            rates = sorted({row["lr"] for row in own})
-            if rates:
-                points = [mean(row for row in own if row["lr"] == rate) for rate in rates]
-                lines[f"{depth}, {regime}", label] = (rates, points)
-    ticks = sorted({rate for rates, _ in lines.values() for rate in rates})
-    return panels(lines, 288.1, "learning rate", "validation perplexity", ticks)
-
-
 def page(args: argparse.Namespace) -> None:
     """Write PAGE: the prose, with a table in the place of each {data regime} and of {data BLEU}."""
     rows = recorded()
     text = PROSE.read_text(encoding="utf-8")
+    for name, regime in REGIMES.items():
+        text = text.replace(f"{{{name}}}", str(regime))
     for data in sorted({row["data"] for row in rows}):
-        for regime in REGIMES:
-            text = text.replace(f"{{{data} {regime}}}", tables(rows, data, regime))
+        for name in REGIMES:
+            text = text.replace(f"{{{data} {name}}}", tables(rows, data, name) or "Not run yet.")
         text = text.replace(f"{{{data} BLEU}}", differences(rows, data))
+        text = text.replace(f"{{{data} shares}}", readings(rows, data))
     environments = sorted({row["environment"] for row in rows if "environment" in row})
     write(PAGE, text.replace("{environments}", "\n".join(f"- {line}" for line in environments)))
 

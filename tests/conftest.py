@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 import torch.nn.functional as F
 from fairseq import utils
 from helpers import TINY, TRAIN, built, lm_command, preprocess, write_split
+from tqdm import tqdm
+
+from admin_fairseq.analysis import amplification, dependency, gradients
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +38,12 @@ def text(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     splits = [item for name in ("train", "valid", "test") for item in (f"--{name}pref", data.parent / f"{name}.en")]
     preprocess("--only-source", *splits, "--destdir", folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_excepthook(monkeypatch):
+    """A command that is called in this process sets it."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
 
 @pytest.fixture
@@ -68,6 +78,21 @@ def batch(train_set):
         return train_set.collater([train_set[i] for i in chosen[start : start + count]])
 
     return batch
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """The progress bars that analyses make, which show nothing in commands as short as the tests'."""
+    made = []
+
+    class Noted(tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(self)
+
+    for module in (amplification, dependency, gradients):
+        monkeypatch.setattr(module, "tqdm", Noted)
+    return made
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 from dataclasses import dataclass
 from typing import Any, Iterator, Sequence
 
@@ -40,6 +41,7 @@ from admin_fairseq.analysis.subject import (
     subjects,
 )
 from admin_fairseq.errors import DATA_HINT, AdminError
+from admin_fairseq.files import aligned
 from admin_fairseq.model import AdminModel
 from admin_fairseq.profiling import Sample, profile
 from admin_fairseq.rules import RuledModel, stacks
@@ -205,17 +207,18 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[Case, list[int]]]:
     """What to measure, each with the seeds of its noise: of one model many, of each random stack a few."""
     if is_given(args):
         seeds = list(range(1, DRAWS * args.seeds + 1))
-        for subject in subjects(args.path, args.arch, args.rest):
+        models = subjects(args.path, args.arch, args.rest)
+        count = 2 * len(args.path) or len(args.arch or DEFAULT_ARCHS)
+        for subject in tqdm(models, desc="amplification", total=count, unit="model", delay=3):
             name = subject.label if args.path else subject.method
             batches = subject.trainer.get_train_iterator(epoch=1).next_epoch_itr(shuffle=True)
             batch, _ = subject.trainer._prepare_sample(next(batches))
             for stack in stacks(subject.model):
                 yield Case(name, stack, subject.model.eval(), subject.trainer.criterion, batch), seeds
     else:
-        for arch in args.arch or DEFAULT_ARCHS:
-            for stack in PER_LAYER:
-                for seed in range(1, args.seeds + 1):
-                    yield random_case(arch, stack, seed, args), [DRAWS * seed + draw for draw in range(DRAWS)]
+        drawn = list(itertools.product(args.arch or DEFAULT_ARCHS, PER_LAYER, range(1, args.seeds + 1)))
+        for arch, stack, seed in tqdm(drawn, desc="amplification", unit="stack", delay=3):
+            yield random_case(arch, stack, seed, args), [DRAWS * seed + draw for draw in range(DRAWS)]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -228,10 +231,8 @@ def main(args: argparse.Namespace) -> None:
         raise AdminError("--seeds must be at least 1, --sub-layers at least 6, and --noise positive")
     noise: dict[tuple[str, str], list[list[float]]] = {}
     updates: dict[tuple[str, str], dict[int, float]] = {}
-    archs = args.arch or DEFAULT_ARCHS
-    total = None if is_given(args) else len(archs) * len(PER_LAYER) * args.seeds
     sizes: dict[str, dict[str, int]] = {}
-    for case, seeds in tqdm(cases(args), desc="amplification", unit="stack", total=total, delay=3):
+    for case, seeds in cases(args):
         check_depth(case.model)
         key = (case.name, case.stack)
         noise.setdefault(key, []).extend(by_noise(case, args.noise, seed) for seed in seeds)
@@ -260,8 +261,7 @@ def main(args: argparse.Namespace) -> None:
         for kind, points in (("noise", entry["points"]), ("update", entry["update"]["points"]))
         for n, value in points
     ]
-    for line in _table(data):
-        print("  ".join(f"{cell:>9}" for cell in line))
+    print(aligned(_table(data)), end="")
     write(args.out, "amplification", data, rows, page(data), args.format)
 
 

@@ -1,15 +1,14 @@
-"""The command ``admin-fairseq analyze``; torch, fairseq and matplotlib are imported by what it runs."""
+"""The command ``admin-fairseq analyze``: its options. No torch, fairseq or matplotlib is imported here."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import os
 from typing import Any, Callable
 
-from admin_fairseq.errors import AdminError
+from admin_fairseq.arguments import ending_with
 
 USAGE = "admin-fairseq analyze {name} [DATA] --out DIR [options] [fairseq-train's options]"
+EXAMPLE = "admin-fairseq analyze {} data-bin --path checkpoints --out analysis --cpu"
 
 
 def add_parser(commands: Any) -> None:
@@ -18,25 +17,21 @@ def add_parser(commands: Any) -> None:
         "analyze",
         help="measure and draw why training is hard: dependency, amplification, gradients, omega",
         description="The paper's analyses on any fairseq Transformer, from checkpoints or at initialisation.",
+        **ending_with(EXAMPLE.format("report")),
     )
     analyses = command.add_subparsers(dest="analysis", metavar="ANALYSIS", required=True)
     for name, (text, add) in ANALYSES.items():
         analysis = analyses.add_parser(
-            name, help=text, description=text, usage=USAGE.format(name=name), allow_abbrev=False
+            name,
+            help=text,
+            description=text,
+            usage=USAGE.format(name=name),
+            allow_abbrev=False,
+            **ending_with(EXAMPLE.format(name)),
         )
         _add_common(analysis)
         add(analysis)
-        analysis.set_defaults(run=_analyze, takes_rest=True)
-
-
-def _analyze(args: argparse.Namespace) -> None:
-    """Raises:
-    AdminError: bad input.
-    """
-    if os.path.exists(args.out) and not os.path.isdir(args.out):
-        raise AdminError(f"--out {args.out}: not a folder")
-    importlib.import_module("admin_fairseq.analysis.figures").pyplot()  # matplotlib is missed before the work
-    importlib.import_module(f"admin_fairseq.analysis.{args.analysis}").main(args)
+        analysis.set_defaults(takes_rest=True)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

@@ -76,7 +76,7 @@ def dependency_map(sub_layers: list[SubLayer], final_norm: nn.Module | None) -> 
     parts = sub_layers[0].x[None]  # (contributions, positions, d): the input and every branch so far
     bias = torch.zeros_like(parts[0])
     result: dict[str, Any] = {"beta2": [], "bias": [], "correlation": []}
-    for i, sub_layer in enumerate(tqdm(sub_layers, desc="dependency map", unit="sub-layer", delay=3)):
+    for i, sub_layer in enumerate(tqdm(sub_layers, desc="dependency map", unit="sub-layer", delay=3, leave=False)):
         parts = torch.cat([sub_layer.scale(parts), sub_layer.branch[None]])
         bias = sub_layer.scale(bias)
         parts, bias = _normalised(sub_layer.norm_out if sub_layer.pre_ln else sub_layer.norm, parts, bias)

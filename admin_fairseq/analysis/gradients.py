@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from admin_fairseq.analysis.figures import Page, pyplot, style, write
 from admin_fairseq.analysis.probe import norms_of
-from admin_fairseq.analysis.subject import AFTER, BEFORE, Subject, subjects
+from admin_fairseq.analysis.subject import AFTER, BEFORE, DEFAULT_ARCHS, Subject, subjects
 from admin_fairseq.errors import AdminError
+from admin_fairseq.files import aligned
 from admin_fairseq.profile_file import STACKS
 from admin_fairseq.rules import stacks
 
@@ -45,7 +46,9 @@ def main(args: Namespace) -> None:
     """
     if min(args.updates) < 1:
         raise AdminError(f"--updates must be at least 1, not {min(args.updates)}")
-    records = []
+    records, last = [], max(args.updates)
+    trainings = len(args.path) * (last + 1) or len(args.arch or DEFAULT_ARCHS) * last
+    bar = tqdm(total=len(args.optimizers) * trainings, desc="gradients", unit="update", delay=3)
     for optimizer in args.optimizers:
         defaults = ["--lr", LEARNING_RATE[optimizer], "--num-workers", "0"]
         if not any(argument.startswith("--lr-scheduler") for argument in args.rest):
@@ -53,7 +56,9 @@ def main(args: Namespace) -> None:
         rest = [*defaults, *(args.rest if optimizer == "adam" else without_adam(args.rest)), "--optimizer", optimizer]
         for subject in subjects(args.path, args.arch, rest):
             updates = sorted(set(args.updates)) if subject.when == BEFORE else [1]
-            records += [{"optimizer": optimizer, **record} for record in record_gradients(subject, updates, optimizer)]
+            bar.set_postfix_str(f"{subject.label}, {optimizer}", refresh=False)
+            records += [{"optimizer": optimizer, **record} for record in record_gradients(subject, updates, bar)]
+    bar.close()
     _report(args, records)
 
 
@@ -68,7 +73,7 @@ def without_adam(rest: Sequence[str]) -> list[str]:
     return kept
 
 
-def record_gradients(subject: Subject, updates: Sequence[int], optimizer: str = "") -> list[dict[str, Any]]:
+def record_gradients(subject: Subject, updates: Sequence[int], bar: tqdm) -> list[dict[str, Any]]:
     """Train for as many updates as the last of ``updates`` says and measure at each of these.
 
     Returns:
@@ -79,7 +84,8 @@ def record_gradients(subject: Subject, updates: Sequence[int], optimizer: str = 
     trainer, records = subject.trainer, []
     trainer.begin_epoch(1)
     batches = _batches(trainer)
-    for update in tqdm(range(1, updates[-1] + 1), f"{subject.label}, {optimizer}", unit="update", delay=3):
+    for update in range(1, updates[-1] + 1):
+        bar.update()
         try:
             if update not in updates:
                 trainer.train_step([next(batches)])
@@ -87,6 +93,7 @@ def record_gradients(subject: Subject, updates: Sequence[int], optimizer: str = 
             with _output_gradients(subject.model) as outputs, _weight_changes(subject.model) as matrices:
                 trainer.train_step([next(batches)])
         except FloatingPointError:
+            bar.update(updates[-1] - update)
             break
         records.append({"method": subject.method, "when": subject.when, "update": update})
         records[-1].update(outputs=outputs, matrices=matrices)
@@ -195,13 +202,10 @@ def _report(args: Namespace, records: list[dict[str, Any]]) -> None:
         ("Decades between the 5th and the 95th percentile of weight matrices", _decades(at_last)),
     ]
     for caption, rows in tables:
-        print(caption)
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        for row in rows:
-            print("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip())
+        print(f"{caption}\n{aligned(rows, indent='  ')}", end="")
     text = [
         "Gradients of the loss with respect to sub-layer outputs, relative to the largest in the same network, as in"
-        " the paper's figure 3. There, of 18-layer models, only the Post-LN decoder's vanish, and they do so in its"
+        " the paper's figure 3. There, at 18-18 and width 512, only the Post-LN decoder's vanish, in its"
         " encoder-attention sub-layers. The factor of a sub-layer is the gradient's norm at its input over that at its"
         " output, as geometric mean over the sub-layers of a kind.",
         "Relative updates |dW| / |W| are those of one update of each weight matrix in the layers. The paper finds that"

@@ -26,6 +26,7 @@ from admin_fairseq.analysis.probe import SubLayer, observe
 from admin_fairseq.analysis.subject import configure, has_data, merged, started, subjects
 from admin_fairseq.checkpoints import files, show
 from admin_fairseq.errors import AdminError
+from admin_fairseq.files import aligned
 from admin_fairseq.model import AdminModel
 from admin_fairseq.omega import MARGIN
 from admin_fairseq.profile_file import STACKS, Profile, read_profile
@@ -66,7 +67,7 @@ def _through_training(args: Namespace) -> list[dict[str, Any]]:
     """Of each run's folder the profile and each checkpoint, by update; with DATA the checkpoints' shares too."""
     records: dict[tuple[str, int, str], dict[str, Any]] = {}  # by folder, update and, where one was named, file
     paths = [(path, os.path.isdir(given)) for given in args.path for path in _checkpoints(given)]
-    for path, is_listed in tqdm(paths, "checkpoints", delay=3):
+    for path, is_listed in tqdm(paths, "checkpoints", unit="checkpoint", delay=3):
         state, (folder, file) = files.load(path), os.path.split(path)
         omegas = of_weights(state["model"])
         update = (state.get("optimizer_history") or [{}])[-1].get("num_updates", 0)
@@ -155,8 +156,7 @@ def _report(args: Namespace, records: list[dict[str, Any]]) -> None:
             row += [f"{mean[0]:.3f} to {mean[-1]:.3f}" if mean else ""]
             row += [f"{sum(share) / len(share):.3f}" if share else ""]
         table.append(row)
-    for row in table:
-        print("  ".join(f"{cell:<28}" for cell in row).rstrip())
+    print(aligned(table), end="")
     text = [
         "omega by sub-layer: its mean over dimensions and, once trained, its standard deviation over them. The share of"
         " a sub-layer's branch is Var[f] / (Var[omega x] + Var[f]): how much of what the sub-layer passes on is new. At"

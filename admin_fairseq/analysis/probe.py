@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from admin_fairseq.errors import AdminError
 from admin_fairseq.norm import OmegaLayerNorm
 from admin_fairseq.omega import observed
+from admin_fairseq.profile_file import sub_layer_name
 from admin_fairseq.profiling import Sample
 from admin_fairseq.rules import stacks
 
@@ -43,8 +44,7 @@ class SubLayer:
 
 def norms_of(layer: nn.Module) -> dict[str, nn.Module]:
     """A layer's sub-layers in forward order, "self_attn", "encoder_attn" and "ffn", with their LayerNorms."""
-    norms = {name[: -len("_layer_norm")]: norm for name, norm in layer.named_children() if name.endswith("_layer_norm")}
-    return {"ffn" if name == "final" else name: norm for name, norm in norms.items()}
+    return {sub_layer_name(name): norm for name, norm in layer.named_children() if name.endswith("_layer_norm")}
 
 
 def observe(model: nn.Module, sample: Sample, seen: Callable[[SubLayer], None]) -> None:

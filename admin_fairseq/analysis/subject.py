@@ -49,6 +49,18 @@ def check_layers(model: nn.Module) -> None:
         raise AdminError(f"{type(model).__name__} is no Transformer: it has no stack of layers to analyse")
 
 
+def checkpoint_in(path: str) -> str:
+    """The file that a --path names.
+
+    Raises:
+        AdminError: it is a folder without one.
+    """
+    file = os.path.join(path, "checkpoint_last.pt") if os.path.isdir(path) else path
+    if path != file and not os.path.exists(file):
+        raise AdminError(f"{path} holds no checkpoint_last.pt (if it is DATA: that comes first, before --path)")
+    return file
+
+
 @dataclass
 class Subject:
     """One model of an analysis.
@@ -147,11 +159,7 @@ def subjects(paths: Sequence[str], archs: Sequence[str], rest: Sequence[str], ba
         AdminError: an argument cannot be used.
     """
     if paths:
-        named = {path: os.path.join(path, "checkpoint_last.pt") if os.path.isdir(path) else path for path in paths}
-        for path, file in named.items():
-            if path != file and not os.path.exists(file):
-                raise AdminError(f"{path} holds no checkpoint_last.pt (if it is DATA: that comes first, before --path)")
-        states = {path: files.load(file) for path, file in named.items()}
+        states = {path: files.load(checkpoint_in(path)) for path in paths}
         settings = {path: files.settings(state) for path, state in states.items()}
         names = [args.arch for args in settings.values()]
         for path, args in settings.items():

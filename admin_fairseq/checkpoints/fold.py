@@ -23,6 +23,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_NAME_REGISTRY
 from fairseq.modules import SinusoidalPositionalEmbedding
 from torch import Tensor
 
+from admin_fairseq.checkpoints.checks import check_optimizer
 from admin_fairseq.checkpoints.files import State, Weights, settings
 from admin_fairseq.errors import AdminError
 from admin_fairseq.rules import FAST_PATH_COPIES
@@ -257,6 +258,7 @@ def _moved_optimizer(state: State, args: Namespace, before: Weights, after: Weig
     optimizer = state.get("last_optimizer_state")
     if optimizer is None:
         raise AdminError("--keep-optimizer: there is no optimizer state")
+    check_optimizer(optimizer)
     groups = optimizer.get("param_groups", ())
     old, new = _parameters(before, args), _parameters(after, args)
     if getattr(args, "optimizer", None) != "adam" or len(groups) != 1 or len(groups[0]["params"]) != len(old):
@@ -267,7 +269,7 @@ def _moved_optimizer(state: State, args: Namespace, before: Weights, after: Weig
         entry = dict(optimizer["state"].get(numbers.get(name), ()))
         for moment, power in POWERS.items():
             if moment in entry:
-                if entry[moment].shape != before[name].shape:
+                if getattr(entry[moment], "shape", None) != before[name].shape:
                     raise AdminError(f"--keep-optimizer: the state's entry for {name} is of another shape")
                 factor = factors.get(name, torch.ones(())) ** power
                 entry[moment] = (entry[moment].double() / factor).to(entry[moment].dtype)

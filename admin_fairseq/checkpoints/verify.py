@@ -13,7 +13,7 @@ from fairseq import tasks, utils
 from fairseq.dataclass.configs import GenerationConfig
 from torch import nn
 
-from admin_fairseq.checkpoints.files import State, Weights, settings
+from admin_fairseq.checkpoints.files import State, Weights, building, settings
 from admin_fairseq.checkpoints.fold import fold
 from admin_fairseq.errors import AdminError
 
@@ -73,7 +73,8 @@ def compare(state: State, folded: State, data: str, sentences: int = 200, untie:
 def load_data(args: Namespace, data: str, *splits: str) -> tuple[Any, Any]:
     """The task of these settings on a data-bin, and the first of its splits that is there."""
     args.data = data
-    task = tasks.setup_task(args)
+    with building("task"):
+        task = tasks.setup_task(args)
     for split in splits:
         try:
             task.load_dataset(split)
@@ -104,7 +105,8 @@ def load_model(state: State, task: Any, dtype: torch.dtype = torch.float32) -> n
     Raises:
         AdminError: its weights do not fit, as when the data has another dictionary.
     """
-    model = task.build_model(settings(state)).to(dtype)
+    with building("model"):
+        model = task.build_model(settings(state)).to(dtype)
     try:
         model.load_state_dict(_to(state["model"], dtype))
     except RuntimeError as error:

@@ -44,8 +44,10 @@ def main() -> None:
             continue
         if is_whole(path):
             print(f"going on from {path}")
-            partial = last.with_suffix(".tmp")
-            shutil.copy(path, partial)
+            partial = last.with_name("checkpoint_last.pt.tmp")
+            with path.open("rb") as source, partial.open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+                os.fsync(copy.fileno())
             os.replace(partial, last)
             return
     if last.exists() and whole_epochs:

@@ -27,6 +27,7 @@ from typing import IO, Any, Callable, Iterable, Iterator, Sequence
 from tqdm import tqdm
 
 CHUNK = 2000  # lines a worker gets at once
+LONGEST = 1023  # tokens: fairseq's models have 1,024 positions, and the sentence's end takes one
 
 
 class InputError(Exception):
@@ -54,12 +55,24 @@ def read(path: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def writing(*paths: Path) -> Iterator[list[IO[str]]]:
-    """Text files to write, renamed to their names once all is well."""
-    partial = [path.with_name(path.name + ".tmp") for path in paths]
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(path.open("w", encoding="utf-8", newline="\n")) for path in partial]
-    for temporary, path in zip(partial, paths):
-        os.replace(temporary, path)
+    """Text files to write, renamed to their names once all is well; where a name is a symbolic link, it stays one."""
+    targets = [path.resolve() for path in paths]
+    partial = [path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in targets]
+    try:
+        with contextlib.ExitStack() as stack:
+            out = [stack.enter_context(path.open("w", encoding="utf-8", newline="\n")) for path in partial]
+            yield out
+            for file in out:
+                file.flush()
+                os.fsync(file.fileno())
+        for temporary, path in zip(partial, targets):
+            if path.exists() and not path.is_file():
+                raise InputError(f"{path} is not a file, and is not replaced by one")
+            os.replace(temporary, path)
+    finally:
+        for temporary in partial:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def sides(prefix: Path, args: argparse.Namespace) -> list[Path]:
@@ -182,9 +195,22 @@ def make_bpe(codes: Path) -> Callable[[str], str]:
 
 
 def bpe(args: argparse.Namespace) -> None:
+    """Also says which lines are longer than fairseq's models take."""
+    done, too_long = 0, []  # (tokens, line number)
     with writing(args.output) as (out,):
         for lines in on_all_cores(map_lines, read(args.input), args.workers, make_bpe, args.codes):
             out.writelines(lines)
+            for number, line in enumerate(lines, start=done + 1):
+                if line.count(" ") >= LONGEST:
+                    too_long.append((len(line.split()), number))
+            done += len(lines)
+    too_long = [size for size in too_long if size[0] > LONGEST]
+    if too_long:
+        tokens, number = max(too_long)
+        print(
+            f"note: {args.output.name} has {len(too_long):,} of more than {LONGEST:,} tokens among {done:,} lines, the"
+            f" longest with {tokens:,} in line {number:,}: {args.too_long}"
+        )
 
 
 # ---- clean and split ---------------------------------------------------------------------------------------------
@@ -384,6 +410,9 @@ def main() -> None:
     command.add_argument("codes", type=Path, help="what subword-nmt learn-bpe wrote")
     command.add_argument("input", type=Path)
     command.add_argument("output", type=Path)
+    command.add_argument(
+        "--too-long", default="too many for fairseq", metavar="TEXT", help="what becomes of such lines"
+    )
     command.add_argument("--workers", type=int, default=os.cpu_count())
 
     command = add(clean, "keep the pairs that Moses' clean-corpus-n keeps")

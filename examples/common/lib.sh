@@ -2,6 +2,7 @@
 # shellcheck shell=bash
 
 set -euo pipefail
+unset CDPATH GLOBIGNORE POSIXLY_CORRECT  # of the user's shell: cd would print, globs would leave files out
 
 COMMON=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 REPOSITORY=$(cd "$COMMON/../.." && pwd)
@@ -11,7 +12,7 @@ RECIPE=$(basename "$(cd "$(dirname "$0")" && pwd)")  # for example wmt14_en_de
 TARGET=${RECIPE##*_}
 SOURCE=${RECIPE%_*} SOURCE=${SOURCE##*_}
 SETTINGS=()  # names, in order
-declare -A DEFAULTS HELP
+declare -A DEFAULTS HELP KIND
 
 die() {
     echo "$(basename "$(dirname "$0")")/$(basename "$0"): error: $*" >&2
@@ -20,32 +21,69 @@ die() {
 
 say() { echo "[$(date +%H:%M:%S)] $*"; }
 
-# setting NAME DEFAULT TEXT: an environment variable, its default and what it is for
+# setting NAME DEFAULT TEXT KIND...: an environment variable, its default, what it is for, and what must be true of it:
+# one of the functions below, with arguments
 setting() {
     SETTINGS+=("$1")
     DEFAULTS[$1]=$2
     HELP[$1]=$3
+    KIND[$1]="$4 ${*:5}"
     if [ -z "${!1+given}" ]; then printf -v "$1" %s "$2"; fi
     export "${1?}"
 }
 
-# whole LEAST NAME...: these settings are whole numbers of at least LEAST
+# whole LEAST NAME: the setting is a whole number of at least LEAST
 whole() {
-    local least=$1 name
-    shift
-    for name in "$@"; do
-        [[ ${!name} =~ ^(0|[1-9][0-9]{0,17})$ && ${!name} -ge $least ]] ||
-            die "$name=${!name}: give a whole number of at least $least"
-    done
+    [[ ${!2} =~ ^(0|[1-9][0-9]{0,17})$ && ${!2} -ge $1 ]] || die "$2=${!2}: give a whole number of at least $1"
 }
 
-# decimal NAME...: these settings are numbers that are not negative
+# whole_or_auto LEAST NAME
+whole_or_auto() { [ "${!2}" = auto ] || whole "$@"; }
+
+# decimal NAME: it is a number that is not negative
 decimal() {
-    local name
-    for name in "$@"; do
-        [[ ${!name} =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$ ]] || die "$name=${!name}: give a number, not negative"
-    done
+    [[ ${!1} =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$ ]] || die "$1=${!1}: give a number, not negative"
 }
+
+# choice VALUE... NAME: it is one of these values
+choice() {
+    local name=${*: -1} value
+    for value in "${@:1:$#-1}"; do
+        if [ "${!name}" = "$value" ]; then return; fi
+    done
+    die "$name=${!name}: choose one of ${*:1:$#-1}"
+}
+
+# switch NAME: it is empty or 1
+switch() { [[ ${!1} =~ ^1?$ ]] || die "$1=${!1}: give 1, or nothing"; }
+
+# method NAME: it could be the name of a method; train.sh asks the plugin whether it is one
+method() { [[ ${!1} =~ ^[a-z0-9_]+$ ]] || die "$1=${!1}: give the name of one method"; }
+
+# depth NAME
+depth() {
+    [[ ${!1} =~ ^[1-9][0-9]{0,3}(-[1-9][0-9]{0,3})?$ ]] || die "$1=${!1}: give a number of layers, or E-D"
+}
+
+# address NAME
+address() { [[ ${!1} =~ ^[A-Za-z0-9][A-Za-z0-9._-]*:[0-9]{1,5}$ ]] || die "$1=${!1}: give host:port"; }
+
+# words NAME: they can be told apart as a shell would, with every quote closed
+words() { xargs --no-run-if-empty true <<<"${!1}" 2>/dev/null || die "$1=${!1}: a quote is not closed"; }
+
+# folder NAME: a path, which becomes absolute. Nothing takes it for an option then, and no file that lies there is run.
+folder() {
+    case ${!1} in
+        "") die "$1 is empty: give a folder, or leave it unset" ;;
+        -*) die "$1=${!1}: a path must not begin with a dash; if you mean it, write ./${!1}" ;;
+        *:* | *$'\n'*) die "$1=${!1}: fairseq takes no path with a colon or the end of a line in it" ;;
+        /*) ;;
+        *) printf -v "$1" %s "$PWD/${!1}" ;;
+    esac
+}
+
+# path_or_none NAME
+path_or_none() { [ -z "${!1}" ] || folder "$1"; }
 
 # take_options WORD... -- ARGUMENT...: the words become OPTIONS, the script's own arguments ARGUMENTS
 # shellcheck disable=SC2034  # for the scripts that source this
@@ -77,6 +115,8 @@ begin() {
         if [ "${!name}" = "${DEFAULTS[$name]}" ]; then printf '  %-14s %s\n' "$name" "${!name}"
         else printf '  %-14s %s (default: %s)\n' "$name" "${!name}" "${DEFAULTS[$name]}"; fi
     done
+    # shellcheck disable=SC2086  # a kind and its arguments
+    for name in "${SETTINGS[@]}"; do ${KIND[$name]} "$name"; done
 }
 
 # claim FOLDER: make it this run's own, beside which no second run is started. What a step starts holds the lock too,
@@ -84,7 +124,8 @@ begin() {
 claim() {
     mkdir -p "$1/.done" || die "cannot make the folder $1"
     DONE=$1/.done
-    exec {LOCK}>"$1/.lock"
+    [ ! -e "$1/.lock" ] || [ -f "$1/.lock" ] || die "$1/.lock is not a file"
+    exec {LOCK}>>"$1/.lock" || die "cannot write to $1"
     flock --nonblock "$LOCK" || die "another run is at work in $1"
 }
 
@@ -104,6 +145,13 @@ keep_settings() {
     python "$COMMON/settings.py" "$1" $replace "${SETTINGS[@]}" || exit 1
 }
 
+# note FILE TEXT: a small file that appears whole or not at all
+note() {
+    echo "$2" >"$1.tmp"
+    sync "$1.tmp"
+    mv -fT "$1.tmp" "$1"
+}
+
 # step NAME TEXT COMMAND...: run it, unless this very command has already ended well here. Whatever a kill left behind
 # is overwritten.
 step() {
@@ -121,6 +169,5 @@ step() {
     status=$?
     set -e
     [ $status = 0 ] || die "$text failed; what to do is said above. Run the same command again to go on from here"
-    echo "$*" >"$DONE/$name.tmp"
-    mv "$DONE/$name.tmp" "$DONE/$name"
+    note "$DONE/$name" "$*"
 }

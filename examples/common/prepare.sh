@@ -4,9 +4,9 @@
 
 FILES=()
 
-setting RAW "raw/$RECIPE" "folder of the downloaded files; what is there already is used"
-setting DATA "data/$RECIPE" "the data-bin to make (with the text in DATA/text)"
-setting WORKERS "$(getconf _NPROCESSORS_ONLN)" "processes"
+setting RAW "raw/$RECIPE" "folder of the downloaded files; what is there already is used" folder
+setting DATA "data/$RECIPE" "the data-bin to make (with the text in DATA/text)" folder
+setting WORKERS "$(getconf _NPROCESSORS_ONLN)" "processes" whole 1
 
 # file NAME URL [BYTES|-] [md5:... or sha256:...]: one of the recipe's raw files
 file() { FILES+=("$*"); }
@@ -27,7 +27,7 @@ fetch() {
     local status=0
     curl --fail --location --retry 3 --continue-at - --progress-bar --output "$2" "$1" || status=$?
     if [ $status = 33 ]; then
-        rm "$2"
+        : >"$2"
         status=0
         curl --fail --location --retry 3 --progress-bar --output "$2" "$1" || status=$?
     fi
@@ -44,6 +44,9 @@ download() {
             [ -z "$wrong" ] || say "note: $RAW/$name has $wrong; it is used as it is"
             continue
         fi
+        # two runs may share RAW: whoever comes second waits, and finds the file
+        if { exec {PART}>>"$RAW/$name.part"; } 2>/dev/null; then flock "$PART"; fi
+        if [ -e "$RAW/$name" ]; then continue; fi
         say "downloading $url"
         if fetch "$url" "$RAW/$name.part"; then
             wrong=$(fault "$RAW/$name.part" "$bytes" "$checksum")
@@ -54,6 +57,7 @@ download() {
             echo "$url gave a file with $wrong; it was removed" >&2
             rm "$RAW/$name.part"
         fi
+        [ -s "$RAW/$name.part" ] || rm -f "$RAW/$name.part"
         missing+=("  $url -> $RAW/$name")
     done
     if [ ${#missing[@]} != 0 ]; then
@@ -95,14 +99,15 @@ tokenize() {
 learn_bpe() {
     corpus count "$TEXT/$1.$SOURCE" "$TEXT/$1.$TARGET" --output "$TEXT/words" --workers "$WORKERS"
     subword-nmt learn-bpe --dict-input --symbols "$BPE" --input "$TEXT/words" --output "$TEXT/codes.tmp"
-    mv "$TEXT/codes.tmp" "$TEXT/codes"
+    sync "$TEXT/codes.tmp"
+    mv -fT "$TEXT/codes.tmp" "$TEXT/codes"
 }
 
-# apply_bpe FROM TO
+# apply_bpe FROM TO WHAT: WHAT becomes of pairs with a line that is too long for fairseq's models
 apply_bpe() {
     local language
     for language in "$SOURCE" "$TARGET"; do
-        corpus bpe "$TEXT/codes" "$TEXT/$1.$language" "$TEXT/$2.$language" --workers "$WORKERS"
+        corpus bpe "$TEXT/codes" "$TEXT/$1.$language" "$TEXT/$2.$language" --workers "$WORKERS" --too-long "$3"
     done
 }
 
@@ -112,7 +117,10 @@ binarize() {
     local made=$TEXT/bin.$$  # a name of its own: processes that outlived a kill must not write into it
     fairseq-preprocess --source-lang "$SOURCE" --target-lang "$TARGET" --joined-dictionary --workers "$WORKERS" \
         --trainpref "$TEXT/$1.train" --validpref "$TEXT/$1.valid" --testpref "$TEXT/bpe.test" --destdir "$made" \
-        >"$TEXT/preprocess.log" 2>&1 {LOCK}>&- || { tail -n 5 "$TEXT/preprocess.log" >&2; return 1; }
+        2>&1 {LOCK}>&- | tee "$TEXT/preprocess.log" {LOCK}>&- |
+        sed -un 's/.*[:|] *\(\[[^]]*\] .* sents, .*\)/\1/p' {LOCK}>&- ||
+        { tail -n 5 "$TEXT/preprocess.log" >&2; return 1; }
+    sync "$made"/*
     mv "$made"/* "$DATA/"
     rmdir "$made"
 }
@@ -121,14 +129,14 @@ binarize() {
 # corpus.py; empty: the step is left out) and VALID_EVERY (empty: the validation text is a file of its own)
 TOKENIZE=() TOKENIZE_TEST=() CLEAN_TOKENS=() CLEAN_BPE=() VALID_EVERY=
 prepare() {
-    local text=$1 name=$RECIPE train=tok valid=tok bpe=bpe part
+    local text=$1 name=$RECIPE train=tok valid=tok bpe=bpe part left_out="training leaves them out"
     shift
     begin "$text" "$@"
-    whole 1 WORKERS BPE
     claim "$DATA"
     keep_settings "$DATA/prepare.json" "$(ls "$DONE")"
     TEXT=$DATA/text
     mkdir -p "$TEXT"
+    rm -f "$TEXT"/*.tmp  # of a run that was killed
     if [ -e "$DONE/extract" ]; then read -r _ name <"$DONE/extract"  # RAW may be gone by now
     elif own_corpus; then name=own
     else download; fi
@@ -150,9 +158,10 @@ prepare() {
         train=split valid=split
     fi
     step learn-bpe "learn $BPE joint BPE merges" learn_bpe "$train.train"
-    step bpe-train "apply BPE to the training text" apply_bpe "$train.train" bpe.train
-    step bpe-valid "apply BPE to the validation text" apply_bpe "$valid.valid" bpe.valid
-    step bpe-test "apply BPE to the test text" apply_bpe tok.test bpe.test
+    step bpe-train "apply BPE to the training text" apply_bpe "$train.train" bpe.train "$left_out"
+    step bpe-valid "apply BPE to the validation text" apply_bpe "$valid.valid" bpe.valid "$left_out"
+    step bpe-test "apply BPE to the test text" apply_bpe tok.test bpe.test \
+        "evaluate.sh gives no translation for them"
     if [ ${#CLEAN_BPE[@]} != 0 ]; then
         for part in train valid; do
             step "clean-$part" "clean $part" clean "bpe.$part" "short.$part" "${CLEAN_BPE[@]}"

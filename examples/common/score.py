@@ -29,12 +29,20 @@ def sentences(log: str, kind: str) -> dict[int, str]:
     return {int(number): text for number, text in re.findall(rf"^{kind}-(\d+)\t{score}(.*)$", log, re.M)}
 
 
-def hypotheses(log: str, count: int) -> list[str]:
-    """The best hypothesis of each sentence, in the test set's order."""
+def hypotheses(log: str, count: int, messages: str = "") -> list[str]:
+    """The best hypothesis of each sentence, in the test set's order; none of those that fairseq says it left out."""
     found = sentences(log, "H")
-    if sorted(found) != list(range(count)):
+    missing = sorted(set(range(count)) - found.keys())
+    left_out = re.search(r"([\d,]+) samples have invalid sizes and will be skipped, max_positions=\((\d+),", messages)
+    if len(found) + len(missing) != count or len(missing) != (int(left_out[1].replace(",", "")) if left_out else 0):
         sys.exit(f"error: the log holds {len(found)} translations; the test set has {count} sentences")
-    return [found[number] for number in range(count)]
+    if left_out:
+        print(
+            f"note: {len(missing):,} of {count:,} sentences, or their references, have more than"
+            f" {int(left_out[2]) - 1:,} tokens; an empty line stands for their translation: line"
+            f" {', '.join(str(number + 1) for number in missing[:10])}{', ...' if len(missing) > 10 else ''}"
+        )
+    return [found.get(number, "") for number in range(count)]
 
 
 def split_compounds(line: str) -> str:
@@ -145,7 +153,8 @@ def main() -> None:
 
     texts = {f"references{name}.txt": text(kind, args.language) for name, kind in ((".tok", "tok"), ("", "raw"))}
     log = (args.out / "generate.log").read_bytes().decode("utf-8")
-    texts["hypotheses.tok.txt"] = hypotheses(log, len(texts["references.tok.txt"]))
+    messages = (args.out / "generate.err").read_bytes().decode("utf-8", errors="replace")
+    texts["hypotheses.tok.txt"] = hypotheses(log, len(texts["references.tok.txt"]), messages)
     detokenizer = MosesDetokenizer(lang=args.language)
     texts["hypotheses.txt"] = [detokenizer.detokenize(line.split()) for line in texts["hypotheses.tok.txt"]]
     scores = score(

@@ -10,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+from corpus import InputError, writing
+
 # may change when a run goes on: they do not decide what comes out, or only how far it goes
 FREE = {"DATA", "RUN", "WORKERS", "GPUS", "NODES", "NODE_RANK", "MASTER", "MAX_TOKENS", "SAVE_UPDATES", "EPOCHS"}
 FOLDERS = {"RAW", "DATA", "RUN"}
@@ -19,15 +21,20 @@ def main() -> None:
     path, names = Path(sys.argv[1]), [name for name in sys.argv[2:] if name != "--replace"]
     settings = {name: os.path.realpath(os.environ[name]) if name in FOLDERS else os.environ[name] for name in names}
     if path.exists() and "--replace" not in sys.argv:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            sys.exit(f"error: {path} is not what was written there ({error}); remove {path.parent}")
         changed = [name for name in names if name not in FREE and before.get(name) != settings[name]]
         if changed:
             what = ", ".join(f"{name}={settings[name]} (was {before.get(name)})" for name in changed)
             sys.exit(f"error: {path.parent} was begun with other settings: {what}; choose another folder, or remove it")
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with writing(path) as (out,):
+        out.write(json.dumps(settings, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 DEMO = Path("runs", "admin")  # in the folder of make demo
-ENVIRONMENT = dict(os.environ, PYTHONPATH=str(Path(__file__).resolve().parents[2]), PYTHONWARNINGS="ignore")
+REPOSITORY = Path(__file__).resolve().parents[2]
+ENVIRONMENT = dict(os.environ, PYTHONPATH=str(REPOSITORY), PYTHONWARNINGS="ignore")
 
 
 def checkpoint_of(run: Path) -> Path:
@@ -31,17 +32,39 @@ def checkpoint_of(run: Path) -> Path:
     sys.exit(f"error: {run} holds no checkpoint; give the RUN of a recipe's train.sh, or the folder of make demo")
 
 
+def updates_of(checkpoint: Path) -> int:
+    """How many updates it has seen; of an average, its newest. By a process of its own: a server needs no torch."""
+    script = "import sys; from admin_fairseq.checkpoints import files; history = files.load(sys.argv[1])"
+    script += "['optimizer_history']; print(history[-1]['num_updates'])"
+    command = [sys.executable, "-c", script, str(checkpoint)]
+    found = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True)
+    return int(found.stdout) if found.returncode == 0 else 0  # a checkpoint without an optimizer's history has none
+
+
+def described(run: Path, checkpoint: Path) -> str:
+    """The model in words, for the page."""
+    parts, updates = ["/".join(run.parts[-2:])], updates_of(checkpoint)
+    average = checkpoint.with_name("scores.json")
+    scores = read_json(average) if average.is_file() else {}
+    if len(scores.get("checkpoints", [])) > 1:
+        parts.append(f"average of {len(scores['checkpoints'])} checkpoints")
+    parts += [f"{updates:,} updates"] if updates else []
+    parts += [f"BLEU {value['score']:.1f}" for name, value in scores.items() if name.startswith("detokenised")]
+    return ", ".join(parts)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8"))
 
 
 def convert(run: Path, out: Path, data: Path | None = None, quantization: str | None = None) -> None:
     """Make ``out``, or make it anew; ``data``: where prepare.sh's folder was moved to."""
-    out = out.absolute()
+    run, out = run.absolute(), out.absolute()
     if out.exists() and not (out / "text.json").is_file():
         sys.exit(f"error: {out} exists, and is not what convert.py makes; give another OUT")
     checkpoint = checkpoint_of(run)
     search = {"BEAM": "5", "LENPEN": "1"}
+    data = data and data.absolute()
     if (run / DEMO).is_dir():
         data, codes, tokenize = run / "data/bin", run / "data/codes", ["--lowercase"]
     else:
@@ -64,14 +87,14 @@ def convert(run: Path, out: Path, data: Path | None = None, quantization: str | 
         "target": target,
         "tokenize": {option.lstrip("-"): True for option in tokenize},
         "search": {"beam_size": int(search["BEAM"]), "length_penalty": float(search["LENPEN"])},
+        "model": described(run.absolute(), checkpoint),
     }
 
     converter = Path(sys.executable).with_name("ct2-fairseq-converter")
     if not converter.is_file():
         sys.exit(f"error: {converter} is not there; pip install '.[deploy]' brings it")
     print(f"converting {checkpoint}", file=sys.stderr)
-    partial = out.with_name(out.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         partial.mkdir(parents=True)
         folded, model = partial / "folded.pt", partial / "model"
@@ -91,8 +114,10 @@ def convert(run: Path, out: Path, data: Path | None = None, quantization: str | 
 
 
 def call(*command: str | Path) -> None:
-    """Run it; its output is shown if it fails."""
-    finished = subprocess.run([*map(str, command)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    """Run it, from where modules are ours; its output is shown if it fails."""
+    finished = subprocess.run(
+        [*map(str, command)], cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     if finished.returncode != 0:
         sys.stderr.buffer.write(finished.stdout)
         sys.exit(f"error: {' '.join(map(str, command))} failed, as said above")

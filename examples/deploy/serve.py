@@ -11,12 +11,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import html
 import json
 import socket
 import sys
 import unicodedata
+from collections import Counter
 from pathlib import Path
 from typing import AsyncIterator
+from urllib.parse import urlsplit
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "common")]
@@ -35,6 +38,7 @@ try:
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.routing import Route
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
     sys.exit(f"error: {error}; pip install '.[deploy]' brings what is missing")
 
@@ -43,6 +47,11 @@ MAX_CHARACTERS = 5000
 MAX_LINES = 50
 MAX_PIECES = 250  # of BPE, in one line
 MAX_BYTES = 2**20  # so much is read, to be able to say what is wrong with it
+HEAD_SECONDS = 10  # until its headers are there
+BODY_SECONDS = 20  # and then its text
+# of a client, by its address
+MAX_CLIENT_CONNECTIONS = 300
+MAX_CLIENT_WAITING = 20_000  # characters
 # of all requests
 MAX_WAITING = 30_000  # characters, about half a minute's work of a 6-6 model on one core
 MAX_CONNECTIONS = 400
@@ -58,6 +67,7 @@ class Translator:
     def __init__(self, folder: Path) -> None:
         text = json.loads((folder / "text.json").read_text("utf-8"))
         self.source, self.target, self.search = text["source"], text["target"], text["search"]
+        self.description = text.get("model", folder.name)
         self.tokenize = make_tokenizer(self.source, **text["tokenize"])
         self.bpe = make_bpe(folder / "codes")
         self.detokenize = MosesDetokenizer(lang=self.target).detokenize
@@ -92,18 +102,22 @@ class Batcher:
         self.translator = translator
         self.queue: asyncio.Queue = asyncio.Queue()
         self.waiting = 0
+        self.waiting_of: Counter[str] = Counter()  # a client
 
-    async def translate(self, lines: list[str]) -> list[str]:
+    async def translate(self, lines: list[str], client: str = "") -> list[str]:
         size = sum(map(len, lines))
-        if self.waiting + size > MAX_WAITING:
+        if self.waiting + size > MAX_WAITING or self.waiting_of[client] + size > MAX_CLIENT_WAITING:
             raise HTTPException(503, "too many requests are waiting; try again later", {"Retry-After": "1"})
         result = asyncio.get_running_loop().create_future()
         self.waiting += size
+        self.waiting_of[client] += size
         self.queue.put_nowait((lines, result))
         try:
             translation = await result
         finally:
             self.waiting -= size
+            self.waiting_of[client] -= size
+            self.waiting_of += Counter()  # keeps those above zero
         if translation is None:
             raise HTTPException(413, f"a line is too long: at most {MAX_PIECES} tokens after BPE")
         return translation
@@ -128,6 +142,60 @@ class Batcher:
                     result.set_exception(error)
                 else:
                     result.set_result(translation)
+
+
+class Connection(H11Protocol):
+    """uvicorn's, with an end to a client's patience: half-sent requests and their number are limited."""
+
+    waits_for_head: asyncio.TimerHandle | None = None
+    is_refused = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.waits_for_head = self.loop.call_later(HEAD_SECONDS, transport.close)
+        if sum(other.client[0] == self.client[0] for other in self.connections) > MAX_CLIENT_CONNECTIONS:
+            self.is_refused = True
+            self.connections.discard(self)  # it takes no place from others
+            transport.write(
+                b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\nContent-Length: 19\r\n"
+                b"Connection: close\r\n\r\nService Unavailable"
+            )
+            transport.write_eof()
+            self.loop.call_later(1, transport.close)  # at once, and the client could lose the answer
+
+    def data_received(self, data: bytes) -> None:
+        if self.is_refused:
+            return
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._head_is_there()
+        elif self.waits_for_head is None:
+            self.waits_for_head = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_is_there()
+        super().connection_lost(exc)
+
+    def _head_is_there(self) -> None:
+        if self.waits_for_head is not None:
+            self.waits_for_head.cancel()
+            self.waits_for_head = None
+
+
+def refuse_other_sites(request: Request) -> None:
+    """A page of another site may send text here without asking, if it says that it is text/plain.
+
+    Raises:
+        HTTPException: the browser says that it is such a page's request.
+    """
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+    if site is not None:
+        is_own = site in ("same-origin", "none")
+    else:  # not a browser, or an old one
+        names = [request.headers.get(name) for name in ("host", "x-forwarded-host")]
+        is_own = origin is None or urlsplit(origin).netloc in names
+    if not is_own:
+        raise HTTPException(403, "only the translator's own page may use it from a browser")
 
 
 async def read_lines(request: Request) -> list[str]:
@@ -170,14 +238,22 @@ def refuse(_: Request, error: Exception) -> Response:
 def application(translator: Translator) -> Starlette:
     """The page at / and the end point /translate."""
     content = (HERE / "page.html").read_text("utf-8")
-    content = content.replace("{source}", translator.source).replace("{target}", translator.target)
+    words = {"source": translator.source, "target": translator.target, "model": f"Model: {translator.description}"}
+    for name, value in words.items():
+        content = content.replace(f"{{{name}}}", html.escape(value))
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
     async def page(_: Request) -> Response:
         return HTMLResponse(content, headers={"Content-Security-Policy": policy})
 
     async def translate(request: Request) -> Response:
-        answer = asyncio.create_task(request.app.state.batcher.translate(await read_lines(request)))
+        refuse_other_sites(request)
+        try:
+            lines = await asyncio.wait_for(read_lines(request), BODY_SECONDS)
+        except asyncio.TimeoutError:
+            raise HTTPException(408, f"the text did not arrive within {BODY_SECONDS} seconds") from None
+        client = request.client.host if request.client else ""
+        answer = asyncio.create_task(request.app.state.batcher.translate(lines, client))
         left = asyncio.create_task(request.receive())  # the body is read: what comes next is that the client has left
         try:
             await asyncio.wait((answer, left), return_when=asyncio.FIRST_COMPLETED)
@@ -223,7 +299,7 @@ def main() -> None:
             convert(args.run, folder, args.data, args.quantization)
     app = application(Translator(folder))
     limits = {"limit_concurrency": MAX_CONNECTIONS, "timeout_graceful_shutdown": 30}
-    uvicorn.run(app, host="127.0.0.1", port=args.port, access_log=False, **limits)
+    uvicorn.run(app, http=Connection, host="127.0.0.1", port=args.port, access_log=False, **limits)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 . "$(dirname "$0")/../common/prepare.sh"
 
-setting BPE 10000 "joint BPE merges"
+setting BPE 10000 "joint BPE merges" whole 1
 TOKENIZE=(--lowercase)
 TOKENIZE_TEST=(--lowercase --apostrophes)
 CLEAN_TOKENS=(--max 175 --ratio 1.5)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 . "$(dirname "$0")/../common/prepare.sh"
 
-setting BPE 6000 "joint BPE merges"
+setting BPE 6000 "joint BPE merges" whole 1
 TOKENIZE=(--normalize --lowercase)
 TOKENIZE_TEST=("${TOKENIZE[@]}")
 

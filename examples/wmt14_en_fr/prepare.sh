@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 . "$(dirname "$0")/../common/prepare.sh"
 
-setting BPE 40000 "joint BPE merges"
+setting BPE 40000 "joint BPE merges" whole 1
 TOKENIZE=(--normalize --dashes)
 TOKENIZE_TEST=(--dashes --apostrophes)
 VALID_EVERY=1333

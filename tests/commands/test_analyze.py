@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ from admin_fairseq.analysis.figures import Page, write
 pytest.importorskip("matplotlib")
 
 
+SIZE = "3-2 layers, width 32, feed-forward 64, heads 2"  # of train_here's models
+
+
 @pytest.fixture
 def analyze(monkeypatch):
     """The command in this process, which it does not end."""
@@ -26,7 +30,7 @@ def analyze(monkeypatch):
     return lambda *arguments: cli.main(["analyze", *map(str, arguments)])
 
 
-def test_commands(analyze, data, tmp_path, capsys):
+def test_commands(analyze, data, tmp_path, capsys, bars):
     common = ["--cpu", "--format", "png", "--out", tmp_path / "out", *TINY[:8]]
     archs = ["--arch", "transformer_preln", "transformer_admin"]
     analyze("dependency", data, *archs, *common, *TINY[8:], "--max-tokens", "300")
@@ -49,7 +53,14 @@ def test_commands(analyze, data, tmp_path, capsys):
         assert entry["points"][-1][0] == 12
         assert all(value > 0 for _, value in entry["points"])
         assert entry["points"][-1][1] == pytest.approx(sum(entry["deepest"]) / len(entry["deepest"]))
-    assert "R2 a+bN" in capsys.readouterr().out
+    table = capsys.readouterr().out.splitlines()
+    head = next(line for line in table if "R2 a+bN" in line)
+    row = table[table.index(head) + 1]
+    for name, entry in (("stack", "encoder"), ("R2 a+bN", f"{amplified['admin']['r2_linear']:.3f}")):
+        assert head.index(name) == row.index(entry)  # heads stand over their columns
+    left = [bar for bar in bars if bar.leave]
+    assert [bar.desc for bar in left] == ["dependency", "amplification"]  # each leaves one line
+    assert all(bar.n == bar.total > 0 for bar in bars)
     page = Path(report.bind(str(tmp_path / "out"))).read_text()
     assert page.count("<img") == len(figures) and 'src="data:image/png;base64,' in page
     assert page.count("http") == 0
@@ -64,6 +75,10 @@ def test_a_checkpoint_is_measured_before_and_after(analyze, data, tmp_path):
     before, after = (model["stacks"]["encoder"]["share"] for model in models)
     assert before == pytest.approx(after, rel=0.3) and before != after
     assert "<svg" in (tmp_path / "out" / "dependency_share.svg").read_text()
+    facts = report.run_facts(Namespace(path=[str(path), str(tmp_path)], arch=[], rest=[str(data), "--seed", "9"]))
+    assert facts["Models"] == f"{path}: {SIZE}; {tmp_path}: {SIZE}" and facts["Seed"] == "9"
+    with pytest.raises(AdminError, match=r"holds no checkpoint_last\.pt"):
+        report.run_facts(Namespace(path=[str(tmp_path / "out")], arch=[], rest=[str(data)]))
 
 
 @pytest.mark.parametrize(

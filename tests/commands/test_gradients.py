@@ -82,7 +82,7 @@ def test_relative_updates_of_sgd_are_the_gradients(data):
     assert {m["kind"] for m in found if "fc1" in m["name"]} == {"encoder ffn", "decoder ffn"}
 
 
-def test_command(data, tmp_path, capsys):
+def test_command(data, tmp_path, capsys, bars):
     options = [*TINY, *OPTIONS, "--adam-betas", "(0.9, 0.98)", "--updates", "1", "2", "--arch"]
     main(["analyze", "gradients", str(data), "--out", str(tmp_path), *options, "transformer_admin"])
     names = {"gradients.json", "gradients.csv", *(f"gradients{x}.svg" for x in ("", "_training", "_updates"))}
@@ -94,6 +94,7 @@ def test_command(data, tmp_path, capsys):
     rows = list(csv.DictReader((tmp_path / "gradients.csv").open()))
     assert len(rows) == 4 * (12 + 3 * 6 + 2 * 10)
     assert "decoder encoder_attn" in capsys.readouterr().out
+    assert [(bar.n, bar.total) for bar in bars] == [(4, 4)]  # two optimizers' two updates
 
 
 def test_a_checkpoint_starts_anew_without_its_warmup_dropped_layers_and_checkpointing(data, tmp_path, capsys):

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from fairseq.logging import progress_bar
-from helpers import checkpoint, train_here
+from helpers import ROOT, checkpoint, train_here
 
 from admin_fairseq.metrics import statistics
 
@@ -52,19 +52,28 @@ def test_tensorboard_shows_each_omega_and_nothing_else_does(data, tmp_path, log,
         omegas = {name: weight for name, weight in weights.items() if name.endswith("_layer_norm.omega")}
         assert len(omegas) == 6 + 6
         for name, omega in omegas.items():
-            name = name[: -len("_layer_norm.omega")]
+            name = name[: -len("_layer_norm.omega")].replace("final", "ffn")
             assert events[f"omega_mean/{name}"][update] == pytest.approx(omega.mean().item(), abs=1e-6)
             assert events[f"omega_std/{name}"][update] == pytest.approx(omega.std(unbiased=False).item(), abs=1e-6)
-    assert events["omega_std/decoder.layers.1.final"][4] > 0
+    assert events["omega_std/decoder.layers.1.ffn"][4] > 0
     epoch = scalars(tmp_path / "events/train")
-    assert epoch["omega_mean/encoder.layers.2.final"][4] == events["omega_mean/encoder.layers.2.final"][4]
+    assert epoch["omega_mean/encoder.layers.2.ffn"][4] == events["omega_mean/encoder.layers.2.ffn"][4]
     assert "omega_" not in str(checkpoint(tmp_path / "logged/checkpoint_1_4.pt")["extra_state"]["metrics"])
 
     # a run that was started without it logs from where it resumes
     resumed = flags.replace("4", "6") + f" --tensorboard-logdir {tmp_path / 'later'}"
     monkeypatch.setattr(progress_bar, "_tensorboard_writers", {})
     train_here("transformer_admin", data, tmp_path / "plain", resumed)
-    assert list(scalars(tmp_path / "later/train_inner")["omega_mean/encoder.layers.0.final"]) == [6]
+    assert list(scalars(tmp_path / "later/train_inner")["omega_mean/encoder.layers.0.ffn"]) == [6]
+
+
+def test_without_the_package_a_line_says_so(tmp_path, monkeypatch, caplog):
+    """fairseq says it; an extra of this plugin brings the package."""
+    monkeypatch.setattr(progress_bar, "SummaryWriter", None)
+    progress_bar.progress_bar([], log_format="simple", tensorboard_logdir=str(tmp_path))
+    assert "tensorboard not found, please install with: pip install tensorboard" in caplog.text
+    extras = (ROOT / "pyproject.toml").read_text()
+    assert '\ntensorboard = ["tensorboard"]\n' in extras
 
 
 def test_statistics(build):
@@ -80,6 +89,6 @@ def test_statistics(build):
 
 
 def test_text_bars_leave_them_out():
-    stats = {"loss": 1.5, "omega_mean/encoder.layers.0.final": 2.0, "omega_std/encoder.layers.0.final": 0.0}
+    stats = {"loss": 1.5, "omega_mean/encoder.layers.0.ffn": 2.0, "omega_std/encoder.layers.0.ffn": 0.0}
     assert progress_bar.SimpleProgressBar([])._format_stats(stats) == {"loss": "1.5"}
     assert progress_bar.JsonProgressBar([])._format_stats(stats) == {"loss": "1.5"}

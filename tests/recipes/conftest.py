@@ -89,3 +89,15 @@ def comet_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("model.ckpt", "broken.ckpt"):
         (tmp_path / name).touch()
     return tmp_path
+
+
+@pytest.fixture
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not there")
+    with api.sync_playwright() as playwright:
+        path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+        if path is None and not os.path.exists(playwright.chromium.executable_path):
+            pytest.skip("no Chromium is installed")
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])  # root has no sandbox
+        yield browser
+        browser.close()

@@ -120,6 +120,8 @@ def test_a_log_is_read():
     assert (result["train_ppl"], result["valid_ppl"]) == pytest.approx((8, 16))
     assert result["memory_mb"] == pytest.approx(11.25 * 1024)  # on a GPU its own, not the process's
     stopped = logs.read_log([(0.0, "FloatingPointError: gradients are Nan/Inf\n")], 100.0, POSITIONAL, 20)
+    ours = "admin_fairseq: error: update 9: omega of encoder.layers.0.ffn is not finite (Nan/Inf); try a lower --lr\n"
+    assert logs.read_log([(0.0, ours)], 100.0, POSITIONAL, 20)["verdict"] == stopped["verdict"]
     assert (stopped["verdict"], stopped["update"], stopped["valid_ppl"], stopped["memory_mb"]) == (
         *("non-finite", 0, None, 100),
     )

@@ -214,18 +214,6 @@ def test_benchmark(folder):
     assert rows[2][1:4] == [f"{score['score']:.2f}" for name, score in scores.items() if name != "checkpoints"]
 
 
-@pytest.fixture
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not there")
-    with api.sync_playwright() as playwright:
-        path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        if path is None and not os.path.exists(playwright.chromium.executable_path):
-            pytest.skip("no Chromium is installed")
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])  # root has no sandbox
-        yield browser
-        browser.close()
-
-
 def test_in_a_browser(folder, server, browser):
     source, expected = lines(folder / "data/text/raw.test.de")[:2], lines(folder / "run/test/hypotheses.txt")[:2]
     page = browser.new_page()
@@ -233,13 +221,15 @@ def test_in_a_browser(folder, server, browser):
     page.on("request", lambda request: requests.append(request.url))
     page.on("pageerror", lambda error: errors.append(error))
     page.goto(f"http://127.0.0.1:{server.port}/")
-    text, button = page.get_by_label("One sentence a line"), page.get_by_role("button")
+    text, button = page.get_by_label("One sentence a line"), page.get_by_role("button", name="Translate")
     status, translation = page.locator("#status"), page.locator("#translation")
 
     def shows(field, content):
         script = "([id, content]) => document.querySelector(id).textContent === content"
         page.wait_for_function(script, arg=[field, content])
 
+    assert page.title() == page.get_by_role("heading", level=1).text_content() == "German to English"
+    assert page.get_by_text("or Ctrl+Enter").is_visible()
     text.press_sequentially(source[0])
     button.click()
     shows("#translation", expected[0])
@@ -247,10 +237,13 @@ def test_in_a_browser(folder, server, browser):
     text.press_sequentially(source[1])
     text.press("Control+Enter")
     shows("#translation", "\n".join(expected))
+    assert translation.get_attribute("class") in (None, "")
     text.fill("")
     button.click()
     shows("#status", "the text is empty")
-    assert translation.text_content() == ""
+    assert translation.text_content() == "\n".join(expected)  # the last one stays, marked
+    assert translation.get_attribute("class") == "old"
+    assert page.get_by_role("heading", name="Translation of an earlier text").is_visible()
     text.fill("<b>x</b>" * 12_500)
     button.click()
     shows("#status", "the text is too long: 100,000 characters of at most 5,000")
@@ -258,12 +251,51 @@ def test_in_a_browser(folder, server, browser):
     text.fill(source[0])
     button.click()
     shows("#status", "the translator does not answer")
+    assert translation.text_content() == "\n".join(expected)
     page.unroute("**/translate")
     button.click()
     shows("#translation", expected[0])
-    assert status.text_content() == ""
+    assert status.text_content() == "" and translation.get_attribute("class") == ""
+    assert page.get_by_role("heading", name="Translation", exact=True).is_visible()
     assert not errors
     assert {url.rsplit("/", 1)[0] for url in requests} == {f"http://127.0.0.1:{server.port}"}
+
+
+def test_the_page_says_which_model_and_copies(folder, server, browser):
+    bleu = json.loads((folder / "run/test/scores.json").read_text())["detokenised sacreBLEU"]["score"]
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    page.goto(f"http://127.0.0.1:{server.port}/")
+    model = page.get_by_text("Model: ").text_content()
+    assert re.fullmatch(rf"Model: {folder.name}/run, [\d,]+ updates, BLEU {bleu:.1f}", model)
+    copy = page.get_by_role("button", name="Copy")
+    assert copy.is_disabled()
+    page.get_by_label("One sentence a line").fill(lines(folder / "data/text/raw.test.de")[0])
+    page.get_by_role("button", name="Translate").click()
+    copy.click()
+    page.get_by_text("copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == lines(folder / "run/test/hypotheses.txt")[0]
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject() }")
+    copy.click()
+    page.get_by_text("selected: Ctrl+C copies it").wait_for()
+    assert page.evaluate("getSelection().toString()") == lines(folder / "run/test/hypotheses.txt")[0]
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_page_on_a_phone_and_in_the_dark(server, browser, width):
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    page.goto(f"http://127.0.0.1:{server.port}/")
+    page.evaluate("document.querySelector('#translation').textContent = 'x'.repeat(500)")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    for button in page.get_by_role("button").all():
+        assert min(button.bounding_box()[side] for side in ("width", "height")) >= 24
+    # the canvas of the root, which forms and scroll bars follow too
+    colours = {}
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        colours[scheme] = page.evaluate("getComputedStyle(document.body).color")
+    assert page.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light dark"
+    assert colours == {"light": "rgb(0, 0, 0)", "dark": "rgb(255, 255, 255)"}
 
 
 def test_waiting_requests_are_one_batch_and_an_error_ends_only_its_own():
@@ -310,6 +342,7 @@ def calls(monkeypatch):
             command[command.index("--output_dir") + 1].mkdir()
 
     monkeypatch.setattr(convert, "call", call)
+    monkeypatch.setattr(convert, "updates_of", lambda checkpoint: 1200)
     return calls
 
 
@@ -393,6 +426,125 @@ def test_a_client_that_closes_its_connection_has_left():
             thread.join()
 
 
+@pytest.fixture
+def echo(monkeypatch):
+    """The port of a server that answers with the text, with a short patience."""
+
+    class Translator:
+        source, target = "de", "en"
+
+        def translate(self, texts):
+            return texts
+
+    monkeypatch.setattr(serve, "HEAD_SECONDS", 1)
+    monkeypatch.setattr(serve, "BODY_SECONDS", 1)
+    with socket.create_server(("127.0.0.1", 0), backlog=1000) as listening:
+        config = serve.uvicorn.Config(
+            serve.application(Translator()),
+            http=serve.Connection,
+            log_level="critical",
+            limit_concurrency=serve.MAX_CONNECTIONS,
+            timeout_graceful_shutdown=1,
+        )
+        server = serve.uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def ask(port, source="127.0.0.1", **headers):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30, source_address=(source, 0))
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request("POST", "/translate", b'{"text": "a"}', headers)
+    answer = connection.getresponse()
+    status, body = answer.status, answer.read()
+    connection.close()
+    return status, body
+
+
+HALVES = [b"", b"POST /translate HTTP/1.1\r\nHost: loc", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HTT"]
+BODY_MISSING = b"POST /translate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"
+
+
+@pytest.mark.parametrize("half", [*HALVES, BODY_MISSING])
+def test_half_sent_requests_shut_nobody_out(echo, half):
+    """As many as there are connections, from one address: others are served at once, this one once they time out."""
+    opened = [socket.create_connection(("127.0.0.1", echo)) for _ in range(serve.MAX_CONNECTIONS)]
+    for connection in opened:
+        try:
+            connection.sendall(half)
+        except ConnectionError:
+            assert half  # refused before
+    started = time.time()
+    assert ask(echo, source="127.0.0.2") == (200, b'{"translation":"a"}')
+    assert time.time() - started < 5
+    while ask(echo)[0] != 200:
+        assert time.time() - started < 20
+        time.sleep(0.1)
+    for connection in opened:
+        connection.settimeout(10)
+        try:
+            answer = b"".join(iter(lambda: connection.recv(4096), b""))  # noqa: B023  (ends where the server closed it)
+        except ConnectionError:
+            answer = b""
+        connection.close()
+        assert half != BODY_MISSING or answer[9:12] in (b"408", b"503", b"")
+
+
+def test_bytes_that_trickle_in_are_no_request(echo):
+    with socket.create_connection(("127.0.0.1", echo)) as connection:
+        started = time.time()
+        with pytest.raises(ConnectionError):
+            while time.time() - started < 10:
+                connection.sendall(b"GET / HTTP/1.1\r\n" if time.time() - started < 0.1 else b"a: b\r\n")
+                time.sleep(0.1)
+    assert time.time() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "http://example.com", "Content_Type": "text/plain"}, 403),
+        ({"Origin": "null", "Content_Type": "text/plain;charset=UTF-8"}, 403),
+        ({"Origin": "http://127.0.0.1:1", "Content_Type": "application/json"}, 403),
+        ({"Sec_Fetch_Site": "cross-site", "Content_Type": "text/plain"}, 403),
+        ({"Sec_Fetch_Site": "same-site"}, 403),
+        ({"Sec_Fetch_Site": "same-origin", "Origin": "https://translate.example.com"}, 200),  # behind a proxy
+        ({"Origin": "https://translate.example.com", "X_Forwarded_Host": "translate.example.com"}, 200),
+        ({"Origin": "http://127.0.0.1:{port}", "Content_Type": "text/plain"}, 200),  # our page
+        ({"Content_Type": "application/x-www-form-urlencoded"}, 200),  # curl --data
+    ],
+)
+def test_pages_of_other_sites(echo, headers, status):
+    found, answer = ask(echo, **{name: value.replace("{port}", str(echo)) for name, value in headers.items()})
+    assert found == status
+    if status == 403:
+        assert answer == b'{"error":"only the translator\'s own page may use it from a browser"}'
+
+
+def test_one_client_may_not_fill_the_queue():
+    async def ask_all():
+        batcher = serve.Batcher(None)  # nobody translates
+        text = "x" * (serve.MAX_CLIENT_WAITING // 2 - 1)
+        waiting = [asyncio.create_task(batcher.translate([text], client)) for client in ("a", "a")]
+        await asyncio.sleep(0)
+        with pytest.raises(serve.HTTPException, match="too many requests"):
+            await batcher.translate(["three"], "a")
+        waiting.append(asyncio.create_task(batcher.translate(["other"], "b")))
+        await asyncio.sleep(0)
+        for task in waiting:
+            assert not task.done()
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert (batcher.waiting, dict(batcher.waiting_of)) == (0, {})
+
+    asyncio.run(ask_all())
+
+
 @pytest.mark.parametrize("port", ["99999", "taken"])
 def test_a_port_that_cannot_be_had(monkeypatch, port, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -413,6 +565,7 @@ def test_folder_of_make_demo(calls, tmp_path):
         "target": "en",
         "tokenize": {"lowercase": True},
         "search": {"beam_size": 5, "length_penalty": 1.0},
+        "model": f"{tmp_path.name}/demo, 1,200 updates",
     }
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["demo", "out"]
 

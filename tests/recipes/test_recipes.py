@@ -9,6 +9,7 @@ import http.server
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import grammar
 import pytest
 import torch
 from helpers import checkpoint
@@ -171,6 +173,102 @@ def test_bad_settings(tmp_path, name, settings, needle):
     assert not (tmp_path / "run").exists()
 
 
+HOSTILE = ["", "-delete", "a b", "'", '"x', "$(touch pwned)", "`touch pwned`", ";touch pwned;", "1\n2", "a:b", "0x1"]
+ODD_FOLDERS = {"a b", "'", '"x', "$(touch pwned)", "`touch pwned`", ";touch pwned;", "0x1"}
+FINE = {
+    **dict.fromkeys(("RAW", "DATA", "RUN"), ODD_FOLDERS),
+    "EXTRA": set(HOSTILE) - {"'", '"x'},
+    "DRY_RUN": {""},
+    "METHOD": {"0x1"},  # could be one: train.sh asks the plugin
+}
+
+
+@pytest.mark.parametrize("name", ["prepare", "train", "evaluate"])
+def test_every_setting_of_every_script_is_looked_at(tmp_path, name):
+    """What it cannot be ends the script before anything is made."""
+    begin = [EXAMPLES / "iwslt14_de_en" / f"{name}.sh"]
+    usual = {key: value for key, value in environment(tmp_path).items() if key not in TOY}
+    printed = subprocess.run([*begin, "--help"], env=usual, text=True, stdout=subprocess.PIPE).stdout
+    settings = re.findall(r"^  ([A-Z_]+) ", printed, re.M)
+    assert len(settings) > 3
+    for setting in settings:
+        for value in set(HOSTILE) - FINE.get(setting, set()):
+            result = subprocess.run(
+                begin,
+                env={**usual, setting: value},
+                cwd=tmp_path,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            assert result.returncode == 1, (setting, value, result.stdout)
+            assert f"error: {setting}" in result.stdout, (setting, value, result.stdout)
+    assert not os.listdir(tmp_path)
+
+
+def test_folders_of_odd_names_and_a_users_shell(tmp_path):
+    """Nothing in a name is run, relative ones become absolute, and CDPATH and the like change nothing."""
+    folder = tmp_path / "$(touch pwned) -x'"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data/dict.en.txt").touch()
+    extra = "`touch pwned` ';touch pwned'"
+    shell = {"CDPATH": f".:{EXAMPLES}:/", "GLOBIGNORE": "*", "POSIXLY_CORRECT": "1", "DRY_RUN": "1"}
+    result = script("multi30k_de_en", "train", folder=folder, DATA="data", RUN="./-run", EXTRA=extra, **shell)
+    assert result.returncode == 0, result.stdout
+    command = result.stdout.splitlines()[-1]
+    assert f"{tmp_path}/" + r"\$\(touch\ pwned\)\ -x\'/data --user-dir " in command
+    assert r"-x\'/./-run --keep-last" in command
+    assert command.rstrip().endswith(r"\`touch pwned\` \;touch\ pwned")
+    assert os.listdir(folder) == ["data"]
+    assert os.listdir(folder / "data") == ["dict.en.txt"]
+
+
+def test_no_file_in_a_runs_folder_is_run(copied):
+    """A run may come from elsewhere; Python looks for modules in the working directory first."""
+    folder = copied("multi30k_de_en")
+    for name in ("torch", "omegaconf", "admin_fairseq", "fairseq", "sacrebleu", "tqdm"):
+        (folder / f"run/{name}.py").write_text("open('pwned', 'w')\nraise SystemExit('pwned')\n")
+    shutil.rmtree(folder / "run/test")
+    command = ["bash", EXAMPLES / "multi30k_de_en/evaluate.sh"]
+    env = environment(folder, RUN=".")
+    result = subprocess.run(
+        command, env=env, cwd=folder / "run", text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert result.returncode == 0, result.stdout
+    assert (folder / "run/test/scores.json").exists()
+    assert not list(folder.rglob("pwned"))
+
+
+@pytest.mark.parametrize(
+    "recipe", [RECIPES[0], *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in RECIPES[1:])]
+)
+def test_a_sentence_that_is_too_long_stops_nothing(tmp_path, recipe):
+    """prepare names it, training leaves it out, and evaluate has an empty line for it, so that no line is lost."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    source, target = recipe.split("_")[-2:]
+    long, sizes = ("x " * 1100, "y"), {"train": 60, "valid": 6, "test": 6}
+    for split, count in sizes.items():
+        pairs = [*grammar.corpus(count, seed=count), long, *grammar.corpus(1, seed=1)]
+        if split == "test":
+            pairs += [long[::-1], ("z", "z")]
+        for language, lines_ in zip((source, target), zip(*pairs)):
+            (raw / f"{split}.{language}").write_text("".join(f"{line}\n" for line in lines_))
+    settings = {"BPE": "60", "EPOCHS": "1", "SAVE_UPDATES": "1000", "BEAM": "1"}
+    result = script(recipe, "prepare", "train", "evaluate", folder=tmp_path, **settings)
+    assert result.returncode == 0, result.stdout
+    for split, language, count in (("valid", source, 8), ("test", source, 10), ("test", target, 10)):
+        number = 9 if language == target else 7
+        named = rf"bpe.{split}.{language} has 1 of more than 1,023 tokens among {count} .* 1,100 in line {number}: "
+        assert re.search(named, result.stdout), result.stdout
+    assert "training leaves them out" in result.stdout
+    assert "2 of 10 sentences, or their references, have more than 1,023 tokens" in result.stdout
+    assert "line 7, 9\n" in result.stdout
+    translations = (tmp_path / "run/test/hypotheses.tok.txt").read_text().split("\n")
+    assert len(translations) == 11
+    assert [number for number, line in enumerate(translations, start=1) if not line] == [7, 9, 11]
+
+
 def test_extra_options_are_quoted_as_in_a_shell(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/dict.en.txt").touch()
@@ -231,7 +329,11 @@ def test_help_and_bad_arguments(recipe, name, tmp_path):
     ("recipe", "settings", "expected"),
     [
         ("iwslt14_de_en", {"GPUS": "1"}, ["--max-tokens 4096 --update-freq 1", "--lr 7e-4", "--warmup-updates 6000"]),
-        ("wmt14_en_de", {"GPUS": "4"}, ["--max-tokens 8192 --update-freq 1", "--distributed-world-size 4"]),
+        (
+            "wmt14_en_de",
+            {"GPUS": "4"},
+            ["--max-tokens 8192 --update-freq 1", "--distributed-world-size 4", "--init-weights authors"],
+        ),
         ("wmt14_en_de", {"GPUS": "3"}, ["--max-tokens 5461 --update-freq 2"]),
         ("wmt14_en_de", {"GPUS": "1"}, ["--max-tokens 8192 --update-freq 4", "--fp16"]),
         ("wmt14_en_fr", {"GPUS": "8"}, ["--max-tokens 8000 --update-freq 10", "--lr 7e-4", "--dropout 0.1"]),
@@ -249,7 +351,7 @@ def test_help_and_bad_arguments(recipe, name, tmp_path):
         (
             "multi30k_de_en",
             {"GPUS": "0", "METHOD": "preln"},
-            ["--arch transformer_preln ", "--cpu"],
+            ["--arch transformer_preln ", "--cpu", "--init-weights fairseq"],
         ),
         (
             "iwslt14_de_en",

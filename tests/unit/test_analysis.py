@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,7 @@ from admin_fairseq.analysis.dependency import _normalised, dependency_map, resid
 from admin_fairseq.analysis.figures import Page, write
 from admin_fairseq.analysis.probe import SubLayer, observe
 from admin_fairseq.analysis.subject import method_name
+from admin_fairseq.analysis.verdict import signs_of, verdict
 from admin_fairseq.profiling import Sample
 from admin_fairseq.rules import stacks
 from benchmarks import starts
@@ -314,7 +317,7 @@ def test_the_report_binds_what_this_run_wrote(monkeypatch, tmp_path, capsys):
 
     for name in report.ORDER:
         monkeypatch.setattr(f"admin_fairseq.analysis.{name}.main", analysis(name, ("amplification", "omega")))
-    report.main(Namespace(out=str(tmp_path), rest=["data"]))
+    report.main(Namespace(out=str(tmp_path), rest=["data"], path=[], arch=[]))
     page = (tmp_path / "report.html").read_text()
     assert page.count("of this run") == 2 and page.count("of an earlier run") == 1  # the spread is another command's
     assert "Not measured: no omega &lt; here" in page
@@ -324,13 +327,91 @@ def test_the_report_binds_what_this_run_wrote(monkeypatch, tmp_path, capsys):
     for name in report.ORDER:
         monkeypatch.setattr(f"admin_fairseq.analysis.{name}.main", analysis(name, report.ORDER))
     with pytest.raises(AdminError, match="no dependency < here"):
-        report.main(Namespace(out=str(tmp_path), rest=["data"]))
+        report.main(Namespace(out=str(tmp_path), rest=["data"], path=[], arch=[]))
     monkeypatch.setattr("admin_fairseq.analysis.dependency.main", analysis("dependency", ()))
     monkeypatch.setattr("admin_fairseq.analysis.gradients.main", lambda args: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # what the others measured is bound before
-        report.main(Namespace(out=str(tmp_path), rest=["data"]))
+        report.main(Namespace(out=str(tmp_path), rest=["data"], path=[], arch=[]))
     page = (tmp_path / "report.html").read_text()
     assert page.count("of this run") == 1 and "it failed, ZeroDivisionError" in page
+
+
+def model(method, **shares):
+    return {"method": method, "when": "at initialisation", "stacks": {s: {"share": v} for s, v in shares.items()}}
+
+
+def test_the_verdict_is_computed_by_its_thresholds():
+    """From what the analyses measured; Post-LN leans on its branches and its gradients vanish."""
+    deep = {"encoder": [0.17] * 36, "decoder": [0.25] * 54}
+    steady = {"encoder": [0.05] * 36, "decoder": [0.05] * 54}
+    data = {"dependency": {"models": [model("postln 18-18", **deep), model("admin 18-18", **steady)]}}
+    shown, advice, thresholds = verdict(data)
+    assert "postln 18-18 shows signs" in shown and "6.1 in the encoder and 13.5 in the decoder" in shown
+    assert "admin 18-18 shows no such sign" in shown
+    assert "train admin 18-18 instead of postln 18-18, or take fewer layers" in advice and "logn" not in advice
+    assert "more than 5:" in thresholds and "below 0.05 of" in thresholds
+
+    def gradients(method, least, update=1):
+        outputs = {"decoder": {"gradient": [1.0, least]}}
+        return {"method": method, "when": "at initialisation", "update": update, "outputs": outputs}
+
+    # only the first update counts, and the stacks need not be in both
+    records = [gradients("preln 18-18", 0.26), gradients("preln 18-18", 0.001, 30), gradients("postln 18-18", 0.026)]
+    assert signs_of({"gradients": {"records": records}}) == {
+        "preln 18-18": [],
+        "postln 18-18": ["its gradients fall to 0.026 in the decoder"],
+    }
+    both = verdict({**data, "gradients": {"records": records}})
+    assert "decoder, and its gradients fall to 0.026" in both[0] and "train admin 18-18 or preln 18-18" in both[1]
+    bad = verdict({"dependency": {"models": data["dependency"]["models"][:1]}})
+    assert "take fewer layers, or at this depth a method that starts steadily" in bad[1]
+    trained = {**model("admin 18-18", encoder=[0.2] * 36), "when": "after training"}
+    good = verdict({"dependency": {"models": [data["dependency"]["models"][1], trained]}})
+    assert (
+        "Training took the sum of admin 18-18's shares from 1.8 (encoder) and 2.7 (decoder) to 7.2 (encoder)" in good[0]
+    )
+    assert "nothing seen here speaks against training it." in good[1]
+    assert verdict({}) == verdict({"omega": {"records": []}}) == []
+
+    def start(label, low, count=36):
+        omega = {"encoder": {"mean": [1.0, *([low] * (count - 1))]}}
+        return {"label": label, "update": 0, **omega}
+
+    omega = {"records": [start("admin 18-18", 1.5), start("admin_logn 18-18", 3.0), start("admin 6-6", 1.5, 12)]}
+    advice = verdict({**data, "omega": omega})[1]
+    assert (
+        "start admin 18-18, whose first quarter of omega has a mean of 1.5 in the encoder, from --admin-init" in advice
+    )
+    assert "admin_logn" not in advice and "admin 6-6" not in advice
+
+
+def test_the_report_says_how_it_was_measured(tmp_path, monkeypatch, data):
+    """And marks the paper's figures as of another size unless the models are of theirs."""
+    monkeypatch.setattr("sys.argv", ["admin-fairseq", "analyze", "report", "DATA", "--lr", "<&>"])
+    small = ["--encoder-embed-dim", "32", "--encoder-attention-heads", "2", "--decoder-attention-heads", "2"]
+    args = Namespace(
+        path=[], arch=["transformer_admin"], rest=[str(data), *small, "--encoder-layers", "3", "--seed", "7"]
+    )
+    facts = report.run_facts(args)
+    assert facts["Models"] == "admin: 3-6 layers, width 32, feed-forward 2048, heads 2" and facts["Seed"] == "7"
+    assert re.match(rf"{data}: [\d,]+ training sentences, [\d,]+ words in dict.de.txt, ", facts["Data"])
+    assert re.fullmatch(r"\d\d \w+ \d{4}, \d\d:\d\d UTC", facts["Date"]) and "torch" in facts["Versions"]
+    table = ("Read off the published figures", [["what", "value"], ["a", "1"]])
+    write(str(tmp_path), "dependency", {"models": []}, [], Page("x", tables=[table]))
+    page = Path(report.bind(str(tmp_path), None, facts)).read_text()
+    assert "published figures (of models of another size, 6-6 and 18-18 layers of width 512" in page
+    assert "<span>&#x27;&lt;&amp;&gt;&#x27;</span>" in page and "width=device-width" in page
+    for arch, same in (
+        ("transformer_admin", True),
+        ("transformer_admin_18_18", True),
+        ("transformer_admin_12_12", False),
+    ):
+        facts = report.run_facts(Namespace(path=[], arch=[arch], rest=[str(data)]))
+        assert ("of models of this size" in facts["Published figures"]) == same
+    shown = report.run_facts(
+        Namespace(path=[], arch=["transformer_lm_admin_12"], rest=["x", "--task", "language_modeling"])
+    )
+    assert shown["Models"].startswith("lm_admin 12: 12 layers, width 512") and shown["Data"] == "x"
 
 
 def test_method_names():

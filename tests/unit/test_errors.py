@@ -5,7 +5,7 @@ import sys
 import pytest
 from helpers import ROOT
 
-from admin_fairseq.errors import AdminError, explain
+from admin_fairseq.errors import AdminError, explain, install_excepthook, is_running
 
 
 def test_a_bug_keeps_its_traceback():
@@ -32,12 +32,49 @@ def test_an_error_is_found_in_a_spawned_process():
     assert explain(Exception(parent)) == "what is wrong"
 
 
-def test_without_fairseq_the_plugin_says_what_to_install(tmp_path):
+def called_from(file, function):
+    """What a function raises or returns when it is called from another file."""
+    names = {"function": function}
+    exec(compile("def call(): return function()", file, "exec"), names)
+    try:
+        return names["call"]()
+    except AdminError as error:
+        return error
+
+
+def test_only_commands_lose_their_tracebacks(monkeypatch, capsys):
+    """In a command only its own errors do."""
+    assert called_from("/somewhere/fairseq_cli/train.py", lambda: is_running("fairseq_cli"))
+    assert not called_from("/somewhere/fairseq_cli.py", lambda: is_running("fairseq_cli"))
+    kept = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: kept.append(error))
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    install_excepthook("fairseq_cli")
+
+    def refuse():
+        raise AdminError("what is wrong")
+
+    theirs, own = called_from("/x/fairseq_cli/train.py", refuse), called_from("/x/notebook.py", refuse)
+    for error in (theirs, own):
+        sys.excepthook(type(error), error, error.__traceback__)
+    assert kept == [own]
+    assert capsys.readouterr().err == "admin_fairseq: error: what is wrong\n"
+
+
+def test_importing_the_plugin_leaves_everybodys_tracebacks():
+    script = "import sys, admin_fairseq; sys.exit(sys.excepthook is not sys.__excepthook__)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("command", [["-m", "admin_fairseq", "show", "x"], ["-c", "import admin_fairseq"]])
+def test_without_fairseq_the_plugin_says_what_to_install(tmp_path, command):
     (tmp_path / "fairseq.py").write_text("raise ImportError('none here')")
     environment = dict(os.environ, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
-    command = [sys.executable, "-c", "import admin_fairseq"]
-    finished = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+    finished = subprocess.run([sys.executable, *command], env=environment, stderr=subprocess.PIPE, text=True)
     assert finished.returncode == 1
+    if command[0] == "-c":  # a script's own matter
+        assert finished.stderr.splitlines()[-1].startswith("ImportError: admin_fairseq needs fairseq 0.12")
+        return
     assert finished.stderr.startswith("admin_fairseq: error: admin_fairseq needs fairseq 0.12")
     assert len(finished.stderr.splitlines()) == 1
 

@@ -10,21 +10,22 @@ from helpers import ROOT
 
 # Files and folders, from the ground up: each imports from the rows above its own, and a folder's files from each other.
 LAYERS = [
-    "errors weights",
+    "errors weights arguments",
     "config files save_dir",
     "norm",
     "omega family",
     "rules",
     "architectures",
-    "fast optim",
-    "model methods norms_in_front",
-    "two_streams",
+    "fast optim norms_in_front",
+    "model methods two_streams",
     "profile_file turns",
     "profiling",
-    "start metrics checkpoints old_numpy",
+    "start metrics watch checkpoints old_numpy listing hints",
     "hooks",
+    "plugin",
     "__init__",  # the public face
     "analysis",
+    "commands",
     "cli",
     "__main__",
 ]

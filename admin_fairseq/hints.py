@@ -1,0 +1,96 @@
+"""What fairseq's parser of the command line does not say, or says in thousands of characters, in one line.
+
+FLAGS and VALUES are the names of other implementations of Admin: Transformer-Clinic's, deepnmt's and admin-torch's.
+docs/coming.md has them as a table.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from argparse import ArgumentParser, Namespace
+
+from fairseq.models import ARCH_MODEL_REGISTRY
+
+from admin_fairseq.config import nearest
+from admin_fairseq.errors import AdminError
+
+INSIDE = "drop it: the pre-pass runs inside the one training command, with --arch transformer_admin or a depth of it"
+FROM_FILE = "drop it, or start from their file by --admin-profile FILE"
+FLAGS = {
+    "--init-type": INSIDE,
+    "--admin-init-type": INSIDE,
+    "--profiling-path": FROM_FILE,
+    "--admin-init-path": FROM_FILE,
+    "--min-lr": "drop it, or say --stop-min-lr, below which training ends",
+    "--adv-opt": "drop it: adversarial training is no part of Admin",
+}
+VALUES = {
+    "adaptive-profiling": INSIDE,
+    "adaptive": FROM_FILE,
+    "default": "say --arch transformer_postln",
+    "looklinear": "say --arch transformer_looklinear",
+    "rezero": "say --arch transformer_rezero",
+    "rezero_postln": "say --arch transformer_rezero_postln",
+    "deepnet": "say --arch transformer_deepnorm",
+    "O(logn)": "say --admin-init logn",
+    "O(1)": "say --admin-init sqrt",
+    "adv_translation": "say --task translation",
+    "adv_label_smoothed_cross_entropy": "say --criterion label_smoothed_cross_entropy",
+    "linear": "say --lr-scheduler polynomial_decay --total-num-update N",
+}
+INITS = ("--init-type", "--admin-init-type")
+PAGE = "(docs/coming.md has all names)"
+
+
+def instead_of(message: str) -> str | None:
+    """One line for what argparse refuses, if it is a name of another implementation or an architecture; else None."""
+    choice = re.match(r"argument (\S+): invalid choice: '([^']*)'", message)
+    if choice and choice[1].startswith("--arch"):
+        return (
+            f"--arch {choice[2]}: no such architecture; the nearest: {nearest(choice[2], ARCH_MODEL_REGISTRY)}."
+            " admin-fairseq archs lists them; --encoder-layers and --decoder-layers make any depth"
+        )
+    if choice and choice[2] in VALUES:
+        return f"{choice[1]} {choice[2]}: {VALUES[choice[2]]} {PAGE}"
+    if not message.startswith("unrecognized arguments: "):
+        return None
+    words = message.split(": ", 1)[1].replace("=", " ").split()
+    lines, unknown = [], False
+    for number, word in enumerate(words):
+        flag = word.replace("_", "-")
+        value = words[number + 1] if flag in INITS and number + 1 < len(words) else ""
+        if flag in FLAGS:
+            lines.append(f"{word} {value}".strip() + f": {VALUES.get(value) or FLAGS[flag]}")
+        elif word.startswith("--"):
+            lines.append(f"{word}: no option of this fairseq")
+            unknown = True
+    return f"{'; '.join(lines)} {PAGE}" if len(lines) > unknown else None
+
+
+def give(parser: ArgumentParser) -> None:
+    """Have a parser of fairseq's refuse such options in one line."""
+    refuse = parser.error
+
+    def error(message: str) -> None:
+        line = instead_of(message)
+        if line is not None:
+            raise AdminError(line)
+        refuse(message)
+
+    parser.error = error  # type: ignore[method-assign,assignment]
+
+
+def check(args: Namespace) -> None:
+    """Refuse what fairseq would stumble over later, or end without having trained.
+
+    Raises:
+        AdminError: an option cannot be honoured.
+    """
+    if getattr(args, "write_checkpoints_asynchronously", False) and importlib.util.find_spec("iopath") is None:
+        raise AdminError("--write-checkpoints-asynchronously needs a package: pip install iopath; or drop the flag")
+    if getattr(args, "replace_unk", None) == "@@ ":  # what the flag means without a value
+        raise AdminError(
+            "--replace-unk needs a value: --replace-unk FILE, with lines of a source word and its translation, or"
+            ' --replace-unk "" to copy the source word'
+        )

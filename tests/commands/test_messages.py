@@ -1,0 +1,168 @@
+"""Mistakes that users have reported, each said in one line; fairseq's commands run in this process."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+
+import pytest
+from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq_cli import generate, interactive, train
+from helpers import NO_LOADER, ROOT, TINY, TRAIN, lm_command, preprocess
+
+from admin_fairseq import hints
+from admin_fairseq.errors import explain
+
+COMMANDS = {
+    train: options.get_training_parser,
+    generate: options.get_generation_parser,
+    interactive: options.get_interactive_generation_parser,
+}
+
+
+def run_here(command, *arguments):
+    args = options.parse_args_and_arch(COMMANDS[command](), [*map(str, arguments)])
+    command.main(convert_namespace_to_omegaconf(args))
+
+
+def line(command, *arguments):
+    """What is said of the error that a command ends in."""
+    try:
+        run_here(command, *arguments)
+    except Exception as error:
+        said = explain(error)
+        assert said is not None, repr(error)
+        assert len(said) < 500 and "\n" not in said
+        return said
+    raise AssertionError("it went well")
+
+
+@pytest.fixture(scope="module")
+def model(data, tmp_path_factory):
+    """A trained model's checkpoint, and the arguments of its training."""
+    folder = tmp_path_factory.mktemp("messages")
+    argv = [data, "--arch", "transformer_admin", "--admin-init", "logn", *TINY, *TRAIN, "--max-update", 1]
+    run_here(train, *argv, "--save-dir", folder, "--disable-validation")
+    return folder / "checkpoint_last.pt", argv
+
+
+@pytest.fixture(scope="module")
+def other(data, tmp_path_factory):
+    """Data with dictionaries of its own."""
+    folder, splits = tmp_path_factory.mktemp("other"), data.parent
+    preprocess(
+        *("-s", "de", "-t", "en", "--nwordssrc", 64, "--nwordstgt", 64, "--destdir", folder),
+        *("--trainpref", splits / "train", "--validpref", splits / "valid", "--testpref", splits / "test"),
+    )
+    return folder
+
+
+def test_another_dictionary(model, other, tmp_path):
+    path, argv = model
+    for said in (
+        line(train, other, *argv[1:], "--save-dir", tmp_path, "--finetune-from-model", path),
+        line(generate, other, "--path", path, "--cpu", *NO_LOADER),
+    ):
+        assert re.search(r"dictionary has \d\d\d words and that in DATA 64: .* --srcdict", said)
+
+
+def test_another_width_is_not_taken_for_another_dictionary(model, tmp_path):
+    path, argv = model
+    widths = ("--encoder-embed-dim", 16, "--decoder-embed-dim", 16)
+    said = line(train, *argv, *widths, "--save-dir", tmp_path, "--finetune-from-model", path)
+    assert said.startswith("Cannot load model parameters")
+
+
+def test_two_checkpoints_to_start_from(model, tmp_path):
+    path, argv = model
+    said = line(train, *argv, "--save-dir", tmp_path, "--finetune-from-model", path, "--restore-file", path)
+    assert said.startswith("--finetune-from-model and --restore-file") and "{" not in said
+
+
+def test_replace_unk(model, data, tmp_path):
+    """Without a value fairseq opens a file called @@; with an empty one it copies the source word."""
+    path, _ = model
+    (tmp_path / "in").write_text("zzz\n")
+    argv = [data, "--path", path, "--cpu", "--input", tmp_path / "in"]
+    assert '--replace-unk ""' in line(interactive, *argv, "--replace-unk")
+    run_here(interactive, *argv, "--replace-unk", "", "--max-len-b", 3)
+    assert "raw" in line(generate, data, "--path", path, "--cpu", *NO_LOADER, "--replace-unk", "")
+
+
+def test_ways_round_faults_of_fairseq(model, data, tmp_path):
+    """As docs/troubleshooting.md has them."""
+    path, argv = model
+    (tmp_path / "in").write_text("zzz\nyyy\n")
+    diverse = ("--beam", 4, "--diverse-beam-groups", 4, "--max-len-b", 3)
+    run_here(interactive, data, "--path", path, "--cpu", "--input", tmp_path / "in", *diverse)
+    bin = tmp_path / "bin"
+    shutil.copytree(str(data), str(bin))
+    for name in ("de.bin", "de.idx", "en.bin", "en.idx"):
+        shutil.copy(str(data / f"valid.de-en.{name}"), str(bin / f"train1.de-en.{name}"))
+    both = ("--upsample-primary", 1, "--no-save", "--disable-validation")
+    run_here(train, bin, *argv[1:], *both, "--save-dir", tmp_path)
+
+
+def test_options_that_need_each_other(model, data):
+    said = line(generate, data, "--path", model[0], "--cpu", "--sampling", "--beam", 5)
+    assert said == "--sampling requires --nbest to be equal to --beam"
+
+
+def test_language_model_beside_a_translator(model, data, text, tmp_path):
+    lm = tmp_path / "lm"
+    argv = lm_command(text, lm, "transformer_lm_admin_6", "--admin-init", "logn", "--max-update", 1)
+    run_here(train, *argv, "--disable-validation")
+    bin = tmp_path / "bin"
+    shutil.copytree(str(data), str(bin))
+    argv = [bin, "--path", model[0], "--cpu", *NO_LOADER, "--lm-path", lm / "checkpoint_last.pt", "--max-len-b", 3]
+    assert "dict.txt of its own data in DATA" in line(generate, *argv)
+    shutil.copy(str(text / "dict.txt"), str(bin))
+    assert "must have the dictionary of the target language" in line(generate, *argv)
+    argv = [text, "--task", "language_modeling", "--path", lm / "checkpoint_last.pt", "--cpu", *NO_LOADER]
+    assert "--sample-break-mode eos" in line(generate, *argv, "--tokens-per-sample", 32)
+
+
+def test_checkpoints_written_beside_training(model, tmp_path, monkeypatch):
+    """fairseq logs that a package is missing, trains nothing and exits with 0."""
+    monkeypatch.setitem(sys.modules, "iopath", None)
+    argv = [*model[1], "--save-dir", tmp_path / "save", "--write-checkpoints-asynchronously"]
+    assert "pip install iopath" in line(train, *argv)
+    assert not (tmp_path / "save").exists()
+
+
+def test_an_architecture_that_is_not_there(data):
+    said = line(train, data, "--arch", "transformer_admin_24x6")
+    assert "transformer_admin_24x6: no such architecture; the nearest: transformer_admin_24_6, " in said
+
+
+# --- names of other implementations -----------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs/coming.md").read_text(encoding="utf-8")
+NAMES = re.findall(r"^\| `(--[^`]+)` \| (.*?) \|$", PAGE, re.M)
+
+
+@pytest.mark.parametrize(("flags", "instead"), NAMES, ids=[flags for flags, _ in NAMES])
+def test_names_of_other_implementations(data, flags, instead):
+    """Each row: refused in a line that names what the page names, or taken as it is."""
+    argv = [data, "--arch", "transformer_admin", *flags.split()]
+    if instead.startswith("the same"):
+        options.parse_args_and_arch(options.get_training_parser(), [*map(str, argv)])
+        return
+    said = line(train, *argv)
+    first = re.search(r"`([^`]+)`", instead)
+    assert (first[1] if first else "drop it") in said
+    assert said.endswith(hints.PAGE)
+
+
+def test_every_name_is_on_the_page():
+    for name in [*hints.FLAGS, *hints.VALUES]:
+        assert name in PAGE.replace("_path", "-path"), name
+
+
+def test_what_else_is_wrong_is_said_too(data):
+    said = line(train, data, "--arch", "transformer_admin", "--init-type", "adaptive", "--tyop", "--min-lr", "1e-9")
+    assert said.index("--init-type adaptive: drop it") < said.index("--tyop: no option") < said.index("--min-lr: ")
+    with pytest.raises(SystemExit):  # fairseq's own words
+        options.parse_args_and_arch(options.get_training_parser(), [str(data), "--arch", "transformer", "--tyop"])
