@@ -43,6 +43,10 @@ needs_stock_translation = pytest.mark.skipif(
 )
 needs_fused_adam = pytest.mark.skipif(torch.__version__ < "2.4", reason="torch before 2.4 has no fused Adam for CPUs")
 
+# built of the parts of others (keel, preln, postln, rezero): tests of equations, starts, decoding step by step and
+# checkpointed activations run these methods too, but not every variation; their trainings are slow tests
+SAME_PARTS = ("periln", "lnscaling", "mixln", "dsinit", "tfixup")
+
 TINY = [
     *("--encoder-embed-dim", "32", "--encoder-ffn-embed-dim", "64"),
     *("--encoder-attention-heads", "2", "--decoder-attention-heads", "2"),

@@ -7,12 +7,14 @@ import pytest
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli import generate as fairseq_generate
-from helpers import NO_LOADER, checkpoint, train_here
+from helpers import NO_LOADER, SAME_PARTS, checkpoint, train_here
 
 from admin_fairseq.architectures import METHODS
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=pytest.mark.slow if m in SAME_PARTS else ()) for m in METHODS]
+)
 def test_trains_resumes_and_generates(method, data, tmp_path, caplog, capsys):
     """Two updates, two more from the checkpoint, translations."""
     flags = "--dropout 0.1 --no-epoch-checkpoints --disable-validation"

@@ -22,6 +22,7 @@ from admin_fairseq.analysis.subject import method_name
 from admin_fairseq.analysis.verdict import signs_of, verdict
 from admin_fairseq.profiling import Sample
 from admin_fairseq.rules import stacks
+from benchmarks import starts
 
 pytest.importorskip("matplotlib")
 
@@ -423,3 +424,14 @@ def test_method_names():
 def test_stacks():
     assert list(stacks(SimpleNamespace(decoder=1))) == ["decoder"]
     assert change([torch.ones(2, 3)], [torch.zeros(2, 3)]) == [3]
+
+
+def test_shares_of_the_input_and_of_attention():
+    """Of the map's rows: column 0, and the columns of attention sub-layers."""
+    stack = {"sub_layers": ["0 self_attn", "0 encoder_attn", "0 ffn"]}
+    stack["beta2"] = [[0.9, 0.1], [0.6, 0.1, 0.3], [0.2, 0.1, 0.3, 0.4]]
+    of_input, of_attention = starts.shares(stack)
+    assert of_input == [0.9, 0.6, 0.2] and of_attention == pytest.approx([0.1, 0.4, 0.4])
+    models = [{"method": f"{name} 18-18", "stacks": {"encoder": stack}} for name in ("postln", "keel")]
+    figure = starts.draw(models)
+    assert [line.get_label() for line in figure.axes[0].lines] == ["postln", "keel"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_REGISTRY
-from helpers import loss_and_gradients, prepared, unsettle
+from helpers import SAME_PARTS, loss_and_gradients, prepared, unsettle
 
 from admin_fairseq import AdminError, sub_layers
 from admin_fairseq.architectures import METHODS
@@ -157,7 +157,7 @@ def test_equation(method, build, batch):
 
 
 @pytest.mark.parametrize("option", ["--checkpoint-activations", "--offload-activations"])
-@pytest.mark.parametrize("method", OURS)
+@pytest.mark.parametrize("method", [method for method in OURS if method not in SAME_PARTS])
 def test_checkpointed_activations_give_the_same_gradients(method, option, build, batch):
     """Dropout is inside what is replayed, so its masks are the same the second time."""
     results = []
@@ -173,8 +173,15 @@ def test_checkpointed_activations_give_the_same_gradients(method, option, build,
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("is_prepared", [False, True])
-@pytest.mark.parametrize("method", OURS)
+@pytest.mark.parametrize(
+    ("method", "is_prepared"),
+    [
+        (method, is_prepared)
+        for method in OURS
+        for is_prepared in (False, True)
+        if is_prepared or method not in SAME_PARTS
+    ],
+)
 def test_incremental_decoding_equals_full_decoding(method, is_prepared, build, batch):
     """By fairseq's own cache step by step, with padding once the model is prepared as fairseq-generate does."""
     model, _, _ = build(f"transformer_{method}")
@@ -262,8 +269,8 @@ def test_deepnorm_constants():
 
 
 def test_subln_gain():
-    """Of 6-6 and of 12 layers, from Wang et al. 2022's formulas by hand."""
-    assert subln_gain(6, 6) == pytest.approx({"encoder": 1.547309, "decoder": 1.700109}, rel=1e-6)
+    """Of 6-6 and of 12 layers: ln 18 = 2.890372, ln 12 = 2.484907, ln 24 = 3.178054."""
+    assert subln_gain(6, 6) == pytest.approx({"encoder": 1.547288, "decoder": 1.700109}, rel=1e-6)
     assert subln_gain(0, 12) == pytest.approx({"decoder": 1.782709}, rel=1e-6)
 
 
