@@ -43,11 +43,21 @@ def writing(path: str, name: str | None = None) -> Iterator[IO[bytes]]:
             os.replace(partial, target)
         partial = None
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        raise AdminError(f"cannot write {name or path}: {getattr(error, 'strerror', None) or error}") from error
+        raise AdminError(f"cannot write {name or path}: {reason(error)}") from error
     finally:
         if partial is not None:
             with contextlib.suppress(OSError):
                 os.remove(partial)
+
+
+def reason(error: BaseException) -> str:
+    """Why something could not be written: the system's word for it, also where torch has wrapped that."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.strerror:
+            return link.strerror
+        link = link.__cause__ or link.__context__
+    return " ".join(str(error).split())[:200]
 
 
 def _open_partial(target: str) -> tuple[str, IO[bytes]]:

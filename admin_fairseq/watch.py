@@ -18,6 +18,7 @@ from fairseq.trainer import Trainer
 from torch import Tensor
 
 from admin_fairseq.errors import AdminError, NotFiniteError
+from admin_fairseq.files import reason
 from admin_fairseq.model import AdminModel
 from admin_fairseq.norm import OmegaLayerNorm
 from admin_fairseq.omega import observed, sub_layers
@@ -131,19 +132,10 @@ def saving(folder: str) -> Iterator[None]:
                 os.remove(partial_file)
         newest = newest_checkpoint(folder)
         rest = f"; go on from {newest}, the newest that is whole, by --restore-file" if newest else ""
-        raise AdminError(f"cannot write a checkpoint to {folder}: {_reason(error)}{rest}") from error
+        raise AdminError(f"cannot write a checkpoint to {folder}: {reason(error)}{rest}") from error
     finally:
         fairseqs.removeFilter(_is_no_traceback)
 
 
 def _is_no_traceback(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("Traceback")
-
-
-def _reason(error: BaseException) -> str:
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, OSError) and link.strerror:
-            return link.strerror
-        link = link.__cause__ or link.__context__
-    return " ".join(str(error).split())[:200]

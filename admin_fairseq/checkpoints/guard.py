@@ -182,5 +182,5 @@ def _check_text(text: str, name: str) -> None:
 
 
 def _short(text: Any) -> str:
-    shown = repr(text)
+    shown = repr(text) if isinstance(text, (str, bytes, int, float, type(None))) else f"of {type(text).__name__}"
     return shown if len(shown) <= 60 else f"{shown[:57]}..."

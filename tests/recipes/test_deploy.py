@@ -382,7 +382,7 @@ def test_a_client_that_closes_its_connection_has_left():
     batches, go_on = [], threading.Event()
 
     class Translator:
-        source, target = "de", "en"
+        source, target, description = "de", "en", "a run"
 
         def translate(self, texts):
             batches.append(texts)
@@ -431,7 +431,7 @@ def echo(monkeypatch):
     """The port of a server that answers with the text, with a short patience."""
 
     class Translator:
-        source, target = "de", "en"
+        source, target, description = "de", "en", "a run"
 
         def translate(self, texts):
             return texts

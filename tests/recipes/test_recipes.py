@@ -179,6 +179,7 @@ FINE = {
     **dict.fromkeys(("RAW", "DATA", "RUN"), ODD_FOLDERS),
     "EXTRA": set(HOSTILE) - {"'", '"x'},
     "DRY_RUN": {""},
+    "COMET": {"", *ODD_FOLDERS},
     "METHOD": {"0x1"},  # could be one: train.sh asks the plugin
 }
 
