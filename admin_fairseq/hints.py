@@ -84,7 +84,13 @@ def check(args: Namespace) -> None:
     """
     if getattr(args, "write_checkpoints_asynchronously", False) and importlib.util.find_spec("iopath") is None:
         raise AdminError("--write-checkpoints-asynchronously needs a package: pip install iopath; or drop the flag")
-    if getattr(args, "replace_unk", None) == "@@ ":  # what the flag means without a value
+    replaces, is_interactive = getattr(args, "replace_unk", None), hasattr(args, "buffer_size")
+    if replaces is not None and not is_interactive and args.dataset_impl != "raw":
+        raise AdminError(
+            "--replace-unk needs the raw text: translate with fairseq-interactive --input FILE, or copy the split's text"
+            ' into DATA as test.de-en.de and test.de-en.en and add --dataset-impl raw; its value is a file of words, or ""'
+        )
+    if replaces == "@@ ":  # what the flag means without a value
         raise AdminError(
             "--replace-unk needs a value: --replace-unk FILE, with lines of a source word and its translation, or"
             ' --replace-unk "" to copy the source word'

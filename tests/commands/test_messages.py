@@ -88,7 +88,15 @@ def test_replace_unk(model, data, tmp_path):
     argv = [data, "--path", path, "--cpu", "--input", tmp_path / "in"]
     assert '--replace-unk ""' in line(interactive, *argv, "--replace-unk")
     run_here(interactive, *argv, "--replace-unk", "", "--max-len-b", 3)
-    assert "raw" in line(generate, data, "--path", path, "--cpu", *NO_LOADER, "--replace-unk", "")
+    raw = tmp_path / "raw"
+    shutil.copytree(str(data), str(raw))
+    for side in ("de", "en"):
+        shutil.copy(str(data.parent / f"test.{side}"), str(raw / f"test.de-en.{side}"))
+    for value in ([], [""]):
+        argv = [raw, "--path", path, "--cpu", *NO_LOADER, "--max-len-b", 1, "--replace-unk", *value]
+        said = line(generate, *argv)
+        assert "fairseq-interactive" in said and "--dataset-impl raw" in said
+    run_here(generate, *argv, "--dataset-impl", "raw")
 
 
 def test_ways_round_faults_of_fairseq(model, data, tmp_path):
