@@ -6,10 +6,13 @@ docs/coming.md has them as a table.
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import re
 from argparse import ArgumentParser, Namespace
+from typing import Iterable
 
+from admin_fairseq.arguments import unknown_choice
 from admin_fairseq.config import unknown_architecture
 from admin_fairseq.errors import AdminError
 
@@ -41,26 +44,31 @@ INITS = ("--init-type", "--admin-init-type")
 PAGE = "(docs/coming.md has all names)"
 
 
-def instead_of(message: str) -> str | None:
-    """One line for what argparse refuses, if it is a name of another implementation or an architecture; else None."""
+def instead_of(message: str, known: Iterable[str]) -> str | None:
+    """One line for what argparse refuses, if it is a name of another implementation or like a ``known`` one; else None.
+
+    Of everything that has choices too.
+    """
     choice = re.match(r"argument (\S+): invalid choice: '([^']*)'", message)
     if choice and choice[1].startswith("--arch"):
         return unknown_architecture(choice[2])
     if choice and choice[2] in VALUES:
         return f"{choice[1]} {choice[2]}: {VALUES[choice[2]]} {PAGE}"
     if not message.startswith("unrecognized arguments: "):
-        return None
+        return unknown_choice(message)
     words = message.split(": ", 1)[1].replace("=", " ").split()
-    lines, unknown = [], False
+    lines, told, page = [], False, ""
     for number, word in enumerate(words):
         flag = word.replace("_", "-")
         value = words[number + 1] if flag in INITS and number + 1 < len(words) else ""
         if flag in FLAGS:
             lines.append(f"{word} {value}".strip() + f": {VALUES.get(value) or FLAGS[flag]}")
+            told, page = True, f" {PAGE}"
         elif word.startswith("--"):
-            lines.append(f"{word}: no option of this fairseq")
-            unknown = True
-    return f"{'; '.join(lines)} {PAGE}" if len(lines) > unknown else None
+            similar = difflib.get_close_matches(flag, known, cutoff=0.75)
+            lines.append(f"{word}: no option of this fairseq" + f"; the nearest: {', '.join(similar)}" * bool(similar))
+            told = told or bool(similar)
+    return "; ".join(lines) + page if told else None
 
 
 def give(parser: ArgumentParser) -> None:
@@ -68,7 +76,7 @@ def give(parser: ArgumentParser) -> None:
     refuse = parser.error
 
     def error(message: str) -> None:
-        line = instead_of(message)
+        line = instead_of(message, parser._option_string_actions)
         if line is not None:
             raise AdminError(line)
         refuse(message)
@@ -87,8 +95,8 @@ def check(args: Namespace) -> None:
     replaces, is_interactive = getattr(args, "replace_unk", None), hasattr(args, "buffer_size")
     if replaces is not None and not is_interactive and args.dataset_impl != "raw":
         raise AdminError(
-            "--replace-unk needs the raw text: translate with fairseq-interactive --input FILE, or copy the split's text"
-            ' into DATA as test.de-en.de and test.de-en.en and add --dataset-impl raw; its value is a file of words, or ""'
+            "--replace-unk needs the raw text: translate with fairseq-interactive --input FILE, or copy the test set into"
+            ' DATA as test.de-en.de and test.de-en.en and add --dataset-impl raw; its value is a file of words, or ""'
         )
     if replaces == "@@ ":  # what the flag means without a value
         raise AdminError(

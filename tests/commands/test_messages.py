@@ -9,10 +9,12 @@ import sys
 import pytest
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import ARCH_CONFIG_REGISTRY
 from fairseq_cli import generate, interactive, train
 from helpers import DEFAULT_COMBINATION, NO_LOADER, ROOT, TINY, TRAIN, lm_command, preprocess
 
-from admin_fairseq import hints
+from admin_fairseq import cli, hints
+from admin_fairseq.config import nearest_architectures
 from admin_fairseq.errors import explain
 
 COMMANDS = {
@@ -144,6 +146,43 @@ def test_checkpoints_written_beside_training(model, tmp_path, monkeypatch):
 def test_an_architecture_that_is_not_there(data):
     said = line(train, data, "--arch", "transformer_admin_24x6")
     assert "transformer_admin_24x6: no such architecture; the nearest: transformer_admin_24_6, " in said
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("transformer_wmt_en_de_admin", "transformer_admin_wmt_en_de"),
+        ("transformer_admin_18", "transformer_admin_18_18"),
+        ("transformr_admin_6_6", "transformer_admin_6_6"),
+        ("nosuch", ""),
+    ],
+)
+def test_the_nearest_architectures_are_ours(name, meant):
+    found = nearest_architectures(name).split(", ")
+    assert found[0] == meant or not meant
+    assert not any(ARCH_CONFIG_REGISTRY[arch].__module__.startswith("fairseq.") for arch in found)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("--warmup-update 8", "--warmup-update: no option of this fairseq; the nearest: --warmup-updates"),
+        ("--max-epochs 8", "--max-epochs: no option of this fairseq; the nearest: --max-epoch"),
+        ("--criterion label_smoothed_cross_entrop", "the nearest: label_smoothed_cross_entropy, "),
+        ("--optimizer adamw", "--optimizer adamw: no such choice; the nearest: adam"),
+        ("--admin-init lgn", "--admin-init lgn: no such choice; the nearest: logn, "),
+    ],
+)
+def test_misspelt(data, wrong, meant):
+    argv = (data, "--arch", "transformer_admin", "--lr-scheduler", "inverse_sqrt")
+    assert meant in line(train, *argv, *wrong.split())
+
+
+@pytest.mark.parametrize(("wrong", "meant"), [(["shw"], "show"), (["analyze", "omga"], "omega")])
+def test_a_misspelt_sub_command(capsys, wrong, meant):
+    with pytest.raises(SystemExit):
+        cli.main(wrong)
+    assert f"{wrong[-1]}: no such choice; the nearest: {meant}, " in capsys.readouterr().err
 
 
 # --- names of other implementations -----------------------------------------------------------------------------------
