@@ -7,10 +7,14 @@ docs/coming.md has them as a table.
 from __future__ import annotations
 
 import difflib
+import glob
 import importlib.util
+import os
 import re
 from argparse import ArgumentParser, Namespace
 from typing import Iterable
+
+from fairseq.file_io import PathManager
 
 from admin_fairseq.arguments import unknown_choice
 from admin_fairseq.config import unknown_architecture
@@ -92,10 +96,12 @@ def check(args: Namespace) -> None:
     """
     if getattr(args, "write_checkpoints_asynchronously", False) and importlib.util.find_spec("iopath") is None:
         raise AdminError("--write-checkpoints-asynchronously needs a package: pip install iopath; or drop the flag")
+    if hasattr(args, "save_dir"):
+        _check_training(args)
     replaces, is_interactive = getattr(args, "replace_unk", None), hasattr(args, "buffer_size")
     if replaces is not None and not is_interactive and args.dataset_impl != "raw":
         raise AdminError(
-            "--replace-unk needs the raw text: translate with fairseq-interactive --input FILE, or copy the test set into"
+            "--replace-unk needs the raw text: translate by fairseq-interactive --input FILE, or copy the test set to"
             ' DATA as test.de-en.de and test.de-en.en and add --dataset-impl raw; its value is a file of words, or ""'
         )
     if replaces == "@@ ":  # what the flag means without a value
@@ -103,3 +109,17 @@ def check(args: Namespace) -> None:
             "--replace-unk needs a value: --replace-unk FILE, with lines of a source word and its translation, or"
             ' --replace-unk "" to copy the source word'
         )
+
+
+def _check_training(args: Namespace) -> None:
+    start, last = args.restore_file, "checkpoint_last.pt"
+    own = os.path.abspath(os.path.join(args.save_dir, last))  # may be named by a script that starts and resumes
+    parts = glob.glob(f"{glob.escape(os.path.splitext(start)[0])}-*")  # of a model in shards
+    if start != last and os.path.abspath(start) != own and not PathManager.exists(start) and not parts:
+        raise AdminError(f"--restore-file {start}: no such file; without the flag training goes on from --save-dir")
+    if args.best_checkpoint_metric == "bleu" and not getattr(args, "eval_bleu", True):
+        raise AdminError("--best-checkpoint-metric bleu needs --eval-bleu")
+    if args.cpu and (args.fp16 or args.memory_efficient_fp16):
+        raise AdminError("--fp16 needs a GPU: drop it, or --cpu")
+    if any(int(number) < 1 for number in re.findall(r"-?\d+", str(args.update_freq))):
+        raise AdminError(f"--update-freq {args.update_freq}: give a number of at least 1")

@@ -178,6 +178,33 @@ def test_misspelt(data, wrong, meant):
     assert meant in line(train, *argv, *wrong.split())
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--share-all-embeddings"], "fairseq-preprocess --joined-dictionary"),
+        (["--restore-file", "nope.pt"], "--restore-file nope.pt: no such file"),
+        (["--restore-file", "nope/checkpoint_last.pt"], "no such file"),
+        (["--best-checkpoint-metric", "bleu"], "bleu needs --eval-bleu"),
+        (["--best-checkpoint-metric", "bleux", "--max-update", 1], "--best-checkpoint-metric bleux: validation"),
+        (["--eval-bleu", "--eval-bleu-args", "{beam: 5}"], "not JSON: {beam: 5} ("),
+        (["--encoder-attention-heads", 3], "the width must be a multiple of the heads"),
+        (["--max-tokens", 2], "exceeds max_tokens limit of 2: raise --max-tokens"),
+        (["--fp16"], "--fp16 needs a GPU"),
+        (["--update-freq", "2,0"], "give a number of at least 1"),
+    ],
+)
+def test_a_training_that_cannot_be(model, other, tmp_path, wrong, said):
+    folder = other if "--share-all-embeddings" in wrong else model[1][0]
+    assert said in line(train, folder, *model[1][1:], *wrong, "--save-dir", tmp_path, "--max-epoch", 1)
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_a_training_that_may_be_its_own_start(model, tmp_path):
+    last = tmp_path / "checkpoint_last.pt"
+    args = [*map(str, [*model[1], "--save-dir", tmp_path, "--restore-file", last])]
+    assert options.parse_args_and_arch(options.get_training_parser(), args).restore_file == str(last)
+
+
 @pytest.mark.parametrize(("wrong", "meant"), [(["shw"], "show"), (["analyze", "omga"], "omega")])
 def test_a_misspelt_sub_command(capsys, wrong, meant):
     with pytest.raises(SystemExit):
