@@ -8,7 +8,7 @@ import warnings
 
 import admin_fairseq
 from admin_fairseq.analysis.cli import add_parser as add_analyze
-from admin_fairseq.arguments import ending_with
+from admin_fairseq.arguments import Parser, ending_with
 from admin_fairseq.errors import install_excepthook
 
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Its help ends with an example, and so does each sub-command's."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="admin-fairseq",
         description="Tools around Admin checkpoints and profiles. COMMAND --help says more of each.",
         **ending_with("admin-fairseq show checkpoints/checkpoint_best.pt"),

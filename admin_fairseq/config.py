@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from argparse import ArgumentParser, Namespace
 from typing import Any, Iterable
 
-from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
+from fairseq.models import ARCH_CONFIG_REGISTRY, MODEL_REGISTRY
 from omegaconf import OmegaConf
 
 from admin_fairseq.errors import AdminError
@@ -34,15 +35,23 @@ def as_namespace(args: Any) -> Namespace:
     return Namespace(**options)
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """The names that are most like one that there is not."""
-    return ", ".join(difflib.get_close_matches(name, [*known], count, cutoff=0))
+def nearest_architectures(name: str, count: int = 3) -> str:
+    """Of this plugin and its user's: those with the same parts, in whatever order, first."""
+
+    def parts(arch: str) -> set[str]:
+        return {*re.split(r"_|(?<=\d)x(?=\d)", arch)}
+
+    def unlike(arch: str) -> tuple[int, float]:
+        return len(parts(arch) ^ parts(name)), -difflib.SequenceMatcher(None, arch, name).ratio()
+
+    ours = [arch for arch, set_up in ARCH_CONFIG_REGISTRY.items() if not set_up.__module__.startswith("fairseq.")]
+    return ", ".join(sorted(ours, key=unlike)[:count])
 
 
 def unknown_architecture(name: str) -> str:
     """What to say of a name for --arch that there is not."""
     return (
-        f"--arch {name}: no such architecture; the nearest: {nearest(name, ARCH_MODEL_REGISTRY)}."
+        f"--arch {name}: no such architecture; the nearest: {nearest_architectures(name)}."
         " admin-fairseq archs lists them; --encoder-layers and --decoder-layers make any depth"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -44,6 +45,8 @@ def _explain_fairseq(error: BaseException) -> str | None:
     text, frames = str(error), traceback.extract_tb(error.__traceback__)
     if isinstance(error, AssertionError) and text and "fairseq_cli" in frames[-1].filename:
         return text  # of one option that needs another
+    if isinstance(error, KeyError) and "fairseq_cli" in frames[-1].filename and "valid" in frames[-1].name:
+        return f"--best-checkpoint-metric {error.args[0]}: validation measures no such thing; bleu needs --eval-bleu"
     files = [frame.filename for frame in frames if f"{os.sep}fairseq{os.sep}" in frame.filename]
     files = [file for file in files if os.path.basename(file) != "file_io.py"]  # its wrapper of open()
     if not files:
@@ -66,8 +69,19 @@ def _explain_fairseq(error: BaseException) -> str | None:
             "a data set is empty: train or valid in DATA holds no pair at all, or none that fits --max-tokens and"
             " the maximum positions, or fewer pairs than --required-batch-size-multiple"
         )
-    if text.startswith("--finetune-from-model"):
+    if text.startswith("--share-all-embeddings requires a joined dictionary"):
+        return f"{text}: make DATA by fairseq-preprocess --joined-dictionary, or drop the flag"
+    if text.startswith("--"):
         return text.split(": {")[0]  # and then the whole configuration
+    if text == "embed_dim must be divisible by num_heads":
+        return (
+            "the width must be a multiple of the heads: --encoder-embed-dim of --encoder-attention-heads,"
+            " --decoder-embed-dim of --decoder-attention-heads"
+        )
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.doc} ({text}); for example --eval-bleu-args '{{\"beam\": 5}}', in single quotes"
+    if "exceeds max_tokens limit of" in text:
+        return f"{text.rstrip('!')}: raise --max-tokens; --skip-invalid-size-inputs-valid-test does not help here"
     if "size mismatch" in text + str(error.__context__):
         sizes = SIZES.search(text) or SIZES.search(str(error.__context__))
         if sizes and sizes[1] != sizes[3] and sizes[2] == sizes[4]:

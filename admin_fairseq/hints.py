@@ -6,10 +6,17 @@ docs/coming.md has them as a table.
 
 from __future__ import annotations
 
+import difflib
+import glob
 import importlib.util
+import os
 import re
 from argparse import ArgumentParser, Namespace
+from typing import Iterable
 
+from fairseq.file_io import PathManager
+
+from admin_fairseq.arguments import unknown_choice
 from admin_fairseq.config import unknown_architecture
 from admin_fairseq.errors import AdminError
 
@@ -41,26 +48,31 @@ INITS = ("--init-type", "--admin-init-type")
 PAGE = "(docs/coming.md has all names)"
 
 
-def instead_of(message: str) -> str | None:
-    """One line for what argparse refuses, if it is a name of another implementation or an architecture; else None."""
+def instead_of(message: str, known: Iterable[str]) -> str | None:
+    """One line for what argparse refuses, if it is a name of another implementation or like a ``known`` one; else None.
+
+    Of everything that has choices too.
+    """
     choice = re.match(r"argument (\S+): invalid choice: '([^']*)'", message)
     if choice and choice[1].startswith("--arch"):
         return unknown_architecture(choice[2])
     if choice and choice[2] in VALUES:
         return f"{choice[1]} {choice[2]}: {VALUES[choice[2]]} {PAGE}"
     if not message.startswith("unrecognized arguments: "):
-        return None
+        return unknown_choice(message)
     words = message.split(": ", 1)[1].replace("=", " ").split()
-    lines, unknown = [], False
+    lines, told, page = [], False, ""
     for number, word in enumerate(words):
         flag = word.replace("_", "-")
         value = words[number + 1] if flag in INITS and number + 1 < len(words) else ""
         if flag in FLAGS:
             lines.append(f"{word} {value}".strip() + f": {VALUES.get(value) or FLAGS[flag]}")
+            told, page = True, f" {PAGE}"
         elif word.startswith("--"):
-            lines.append(f"{word}: no option of this fairseq")
-            unknown = True
-    return f"{'; '.join(lines)} {PAGE}" if len(lines) > unknown else None
+            similar = difflib.get_close_matches(flag, known, cutoff=0.75)
+            lines.append(f"{word}: no option of this fairseq" + f"; the nearest: {', '.join(similar)}" * bool(similar))
+            told = told or bool(similar)
+    return "; ".join(lines) + page if told else None
 
 
 def give(parser: ArgumentParser) -> None:
@@ -68,7 +80,7 @@ def give(parser: ArgumentParser) -> None:
     refuse = parser.error
 
     def error(message: str) -> None:
-        line = instead_of(message)
+        line = instead_of(message, parser._option_string_actions)
         if line is not None:
             raise AdminError(line)
         refuse(message)
@@ -84,8 +96,30 @@ def check(args: Namespace) -> None:
     """
     if getattr(args, "write_checkpoints_asynchronously", False) and importlib.util.find_spec("iopath") is None:
         raise AdminError("--write-checkpoints-asynchronously needs a package: pip install iopath; or drop the flag")
-    if getattr(args, "replace_unk", None) == "@@ ":  # what the flag means without a value
+    if hasattr(args, "save_dir"):
+        _check_training(args)
+    replaces, is_interactive = getattr(args, "replace_unk", None), hasattr(args, "buffer_size")
+    if replaces is not None and not is_interactive and args.dataset_impl != "raw":
+        raise AdminError(
+            "--replace-unk needs the raw text: translate by fairseq-interactive --input FILE, or copy the test set to"
+            ' DATA as test.de-en.de and test.de-en.en and add --dataset-impl raw; its value is a file of words, or ""'
+        )
+    if replaces == "@@ ":  # what the flag means without a value
         raise AdminError(
             "--replace-unk needs a value: --replace-unk FILE, with lines of a source word and its translation, or"
             ' --replace-unk "" to copy the source word'
         )
+
+
+def _check_training(args: Namespace) -> None:
+    start, last = args.restore_file, "checkpoint_last.pt"
+    own = os.path.abspath(os.path.join(args.save_dir, last))  # may be named by a script that starts and resumes
+    parts = glob.glob(f"{glob.escape(os.path.splitext(start)[0])}-*")  # of a model in shards
+    if start != last and os.path.abspath(start) != own and not PathManager.exists(start) and not parts:
+        raise AdminError(f"--restore-file {start}: no such file; without the flag training goes on from --save-dir")
+    if args.best_checkpoint_metric == "bleu" and not getattr(args, "eval_bleu", True):
+        raise AdminError("--best-checkpoint-metric bleu needs --eval-bleu")
+    if args.cpu and (args.fp16 or args.memory_efficient_fp16):
+        raise AdminError("--fp16 needs a GPU: drop it, or --cpu")
+    if any(int(number) < 1 for number in re.findall(r"-?\d+", str(args.update_freq))):
+        raise AdminError(f"--update-freq {args.update_freq}: give a number of at least 1")

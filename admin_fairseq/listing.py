@@ -9,7 +9,8 @@ from argparse import Namespace
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 
 from admin_fairseq.architectures import DEPTHS, LM_DEPTHS, METHODS, STOCK
-from admin_fairseq.config import nearest, unknown_architecture
+from admin_fairseq.arguments import nearest
+from admin_fairseq.config import unknown_architecture
 from admin_fairseq.errors import AdminError
 from admin_fairseq.files import aligned
 

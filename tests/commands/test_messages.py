@@ -9,10 +9,12 @@ import sys
 import pytest
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import ARCH_CONFIG_REGISTRY
 from fairseq_cli import generate, interactive, train
 from helpers import DEFAULT_COMBINATION, NO_LOADER, ROOT, TINY, TRAIN, lm_command, preprocess
 
-from admin_fairseq import hints
+from admin_fairseq import cli, hints
+from admin_fairseq.config import nearest_architectures
 from admin_fairseq.errors import explain
 
 COMMANDS = {
@@ -88,7 +90,15 @@ def test_replace_unk(model, data, tmp_path):
     argv = [data, "--path", path, "--cpu", "--input", tmp_path / "in"]
     assert '--replace-unk ""' in line(interactive, *argv, "--replace-unk")
     run_here(interactive, *argv, "--replace-unk", "", "--max-len-b", 3)
-    assert "raw" in line(generate, data, "--path", path, "--cpu", *NO_LOADER, "--replace-unk", "")
+    raw = tmp_path / "raw"
+    shutil.copytree(str(data), str(raw))
+    for side in ("de", "en"):
+        shutil.copy(str(data.parent / f"test.{side}"), str(raw / f"test.de-en.{side}"))
+    for value in ([], [""]):
+        argv = [raw, "--path", path, "--cpu", *NO_LOADER, "--max-len-b", 1, "--replace-unk", *value]
+        said = line(generate, *argv)
+        assert "fairseq-interactive" in said and "--dataset-impl raw" in said
+    run_here(generate, *argv, "--dataset-impl", "raw")
 
 
 def test_ways_round_faults_of_fairseq(model, data, tmp_path):
@@ -136,6 +146,70 @@ def test_checkpoints_written_beside_training(model, tmp_path, monkeypatch):
 def test_an_architecture_that_is_not_there(data):
     said = line(train, data, "--arch", "transformer_admin_24x6")
     assert "transformer_admin_24x6: no such architecture; the nearest: transformer_admin_24_6, " in said
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("transformer_wmt_en_de_admin", "transformer_admin_wmt_en_de"),
+        ("transformer_admin_18", "transformer_admin_18_18"),
+        ("transformr_admin_6_6", "transformer_admin_6_6"),
+        ("nosuch", ""),
+    ],
+)
+def test_the_nearest_architectures_are_ours(name, meant):
+    found = nearest_architectures(name).split(", ")
+    assert found[0] == meant or not meant
+    assert not any(ARCH_CONFIG_REGISTRY[arch].__module__.startswith("fairseq.") for arch in found)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("--warmup-update 8", "--warmup-update: no option of this fairseq; the nearest: --warmup-updates"),
+        ("--max-epochs 8", "--max-epochs: no option of this fairseq; the nearest: --max-epoch"),
+        ("--criterion label_smoothed_cross_entrop", "the nearest: label_smoothed_cross_entropy, "),
+        ("--optimizer adamw", "--optimizer adamw: no such choice; the nearest: adam"),
+        ("--admin-init lgn", "--admin-init lgn: no such choice; the nearest: logn, "),
+    ],
+)
+def test_misspelt(data, wrong, meant):
+    argv = (data, "--arch", "transformer_admin", "--lr-scheduler", "inverse_sqrt")
+    assert meant in line(train, *argv, *wrong.split())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--share-all-embeddings"], "fairseq-preprocess --joined-dictionary"),
+        (["--restore-file", "nope.pt"], "--restore-file nope.pt: no such file"),
+        (["--restore-file", "nope/checkpoint_last.pt"], "no such file"),
+        (["--best-checkpoint-metric", "bleu"], "bleu needs --eval-bleu"),
+        (["--best-checkpoint-metric", "bleux", "--max-update", 1], "--best-checkpoint-metric bleux: validation"),
+        (["--eval-bleu", "--eval-bleu-args", "{beam: 5}"], "not JSON: {beam: 5} ("),
+        (["--encoder-attention-heads", 3], "the width must be a multiple of the heads"),
+        (["--max-tokens", 2], "exceeds max_tokens limit of 2: raise --max-tokens"),
+        (["--fp16"], "--fp16 needs a GPU"),
+        (["--update-freq", "2,0"], "give a number of at least 1"),
+    ],
+)
+def test_a_training_that_cannot_be(model, other, tmp_path, wrong, said):
+    folder = other if "--share-all-embeddings" in wrong else model[1][0]
+    assert said in line(train, folder, *model[1][1:], *wrong, "--save-dir", tmp_path, "--max-epoch", 1)
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_a_training_that_may_be_its_own_start(model, tmp_path):
+    last = tmp_path / "checkpoint_last.pt"
+    args = [*map(str, [*model[1], "--save-dir", tmp_path, "--restore-file", last])]
+    assert options.parse_args_and_arch(options.get_training_parser(), args).restore_file == str(last)
+
+
+@pytest.mark.parametrize(("wrong", "meant"), [(["shw"], "show"), (["analyze", "omga"], "omega")])
+def test_a_misspelt_sub_command(capsys, wrong, meant):
+    with pytest.raises(SystemExit):
+        cli.main(wrong)
+    assert f"{wrong[-1]}: no such choice; the nearest: {meant}, " in capsys.readouterr().err
 
 
 # --- names of other implementations -----------------------------------------------------------------------------------
