@@ -13,7 +13,7 @@ from tqdm import tqdm
 from admin_fairseq import listing
 from admin_fairseq.analysis import spread
 from admin_fairseq.analysis.figures import pyplot
-from admin_fairseq.analysis.subject import import_user_dir
+from admin_fairseq.analysis.subject import check_data, import_user_dir
 from admin_fairseq.checkpoints import files, show
 from admin_fairseq.checkpoints.authors import convert
 from admin_fairseq.checkpoints.average import average, select
@@ -45,6 +45,7 @@ def run_analyze(args: argparse.Namespace) -> None:
     """
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise AdminError(f"--out {args.out}: not a folder")
+    check_data(args.rest)
     pyplot()  # matplotlib is missed before the work
     importlib.import_module(f"admin_fairseq.analysis.{args.analysis}").main(args)
 
@@ -52,6 +53,8 @@ def run_analyze(args: argparse.Namespace) -> None:
 def run_show(args: argparse.Namespace) -> None:
     """Of a checkpoint also the first omega, if the profile still lies in its folder."""
     start: Profile | None
+    if not os.path.exists(args.file):
+        raise AdminError(f"no such file: {args.file}")
     file = _in_run(args.file) if os.path.isdir(args.file) else args.file
     if file.endswith(".pt") or zipfile.is_zipfile(file):  # torch.save writes zip archives
         profile = os.path.join(os.path.dirname(file), PROFILE)

@@ -61,7 +61,10 @@ def _explain_fairseq(error: BaseException) -> str | None:
         what = f"{error.strerror}: {error.filename}" if error.filename else text
         return f"{what} ({DATA_HINT})" if reading_data else what
     if text.startswith("Could not infer language pair"):
-        return f"no training data found; give --source-lang and --target-lang, or check DATA ({DATA_HINT})"
+        return (
+            "no translation data found; give --source-lang and --target-lang, for a language model --task"
+            f" language_modeling, or check DATA ({DATA_HINT})"
+        )
     if text.startswith(("The dataset is empty", "cannot mmap an empty file")) or (
         isinstance(error, IndexError) and frames[-1].name == "batch_by_size"
     ):
@@ -80,8 +83,8 @@ def _explain_fairseq(error: BaseException) -> str | None:
         )
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error.doc} ({text}); for example --eval-bleu-args '{{\"beam\": 5}}', in single quotes"
-    if "exceeds max_tokens limit of" in text:
-        return f"{text.rstrip('!')}: raise --max-tokens; --skip-invalid-size-inputs-valid-test does not help here"
+    if "exceeds max_tokens limit of" in text or text.startswith("Sentences lengths should not exceed max_tokens"):
+        return f"{text.rstrip('!')}: raise --max-tokens, or --max-tokens-valid where only valid is too long for it"
     if "size mismatch" in text + str(error.__context__):
         sizes = SIZES.search(text) or SIZES.search(str(error.__context__))
         if sizes and sizes[1] != sizes[3] and sizes[2] == sizes[4]:

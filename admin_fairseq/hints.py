@@ -96,10 +96,10 @@ def check(args: Namespace) -> None:
     """
     if getattr(args, "write_checkpoints_asynchronously", False) and importlib.util.find_spec("iopath") is None:
         raise AdminError("--write-checkpoints-asynchronously needs a package: pip install iopath; or drop the flag")
-    if hasattr(args, "save_dir"):
+    if hasattr(args, "update_freq"):
         _check_training(args)
     replaces, is_interactive = getattr(args, "replace_unk", None), hasattr(args, "buffer_size")
-    if replaces is not None and not is_interactive and args.dataset_impl != "raw":
+    if replaces is not None and not is_interactive and getattr(args, "dataset_impl", None) != "raw":
         raise AdminError(
             "--replace-unk needs the raw text: translate by fairseq-interactive --input FILE, or copy the test set to"
             ' DATA as test.de-en.de and test.de-en.en and add --dataset-impl raw; its value is a file of words, or ""'
@@ -112,14 +112,14 @@ def check(args: Namespace) -> None:
 
 
 def _check_training(args: Namespace) -> None:
-    start, last = args.restore_file, "checkpoint_last.pt"
-    own = os.path.abspath(os.path.join(args.save_dir, last))  # may be named by a script that starts and resumes
-    parts = glob.glob(f"{glob.escape(os.path.splitext(start)[0])}-*")  # of a model in shards
-    if start != last and os.path.abspath(start) != own and not PathManager.exists(start) and not parts:
+    given = {"restore_file": "checkpoint_last.pt", "save_dir": "checkpoints", **vars(args)}  # may be without defaults
+    start = given["restore_file"]
+    own = os.path.join(given["save_dir"], "checkpoint_last.pt")  # may be named by a script that starts and resumes
+    shards = glob.glob(f"{glob.escape(os.path.splitext(start)[0])}-*")
+    is_own = start == "checkpoint_last.pt" or os.path.abspath(start) == os.path.abspath(own)
+    if not (is_own or shards or PathManager.exists(start)):
         raise AdminError(f"--restore-file {start}: no such file; without the flag training goes on from --save-dir")
-    if args.best_checkpoint_metric == "bleu" and not getattr(args, "eval_bleu", True):
+    if given.get("best_checkpoint_metric") == "bleu" and given.get("eval_bleu") is False:
         raise AdminError("--best-checkpoint-metric bleu needs --eval-bleu")
-    if args.cpu and (args.fp16 or args.memory_efficient_fp16):
-        raise AdminError("--fp16 needs a GPU: drop it, or --cpu")
-    if any(int(number) < 1 for number in re.findall(r"-?\d+", str(args.update_freq))):
-        raise AdminError(f"--update-freq {args.update_freq}: give a number of at least 1")
+    if any(int(number) < 1 for number in re.findall(r"-?\d+", str(given["update_freq"]))):
+        raise AdminError(f"--update-freq {given['update_freq']}: give a number of at least 1")

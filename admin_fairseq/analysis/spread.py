@@ -19,7 +19,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from tqdm import tqdm
 
 from admin_fairseq.analysis.figures import GREY, MARKERS, Page, make_folder, pyplot, style, write
-from admin_fairseq.analysis.subject import build_trainer, parse
+from admin_fairseq.analysis.subject import build_trainer, check_data, parse
 from admin_fairseq.errors import AdminError
 from admin_fairseq.model import AdminModel
 from admin_fairseq.profile_file import STACKS, Profile
@@ -49,6 +49,7 @@ def main(args: Namespace) -> None:
         raise AdminError(f"--batches must be at least {DRAWS}, or 1 for no spread, and --seeds at least 1")
     if args.batches > 1 or args.seeds > 1:
         pyplot()  # missed before the work
+    check_data(args.rest)
     options = parse(args.arch, args.rest)
     trainer = _start(options, options.seed)
     make_folder(args.out)

@@ -42,6 +42,16 @@ def has_data(rest: Sequence[str]) -> bool:
     return bool(rest) and not rest[0].startswith("-")
 
 
+def check_data(rest: Sequence[str]) -> None:
+    """Raises:
+    AdminError: DATA is given, and there is no such folder.
+    """
+    folders = rest[0].split(os.pathsep) if has_data(rest) else []
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise AdminError(f"no such folder: {folder} ({DATA_HINT})")
+
+
 def check_layers(model: nn.Module) -> None:
     """Raises:
     AdminError: the model is no Transformer.

@@ -32,7 +32,11 @@ def load(path: str, finite: bool = False, checked: bool = True) -> State:
         AdminError: the file is missing or not such a checkpoint, or holds other than tensors and plain data.
     """
     if not os.path.isfile(path):
-        raise AdminError(f"{path} is a folder, not a checkpoint" if os.path.isdir(path) else f"no such file: {path}")
+        if not os.path.isdir(path):
+            raise AdminError(f"no such file: {path}")
+        names = [os.path.join(path, f"checkpoint_{name}.pt") for name in ("best", "last")]
+        held = " or ".join(name for name in names if os.path.isfile(name))
+        raise AdminError(f"{path} is a folder, not a checkpoint" + f"; give {held}" * bool(held))
     try:
         with open(path, "rb") as file:
             state = read(file)

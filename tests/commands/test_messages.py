@@ -15,7 +15,7 @@ from helpers import DEFAULT_COMBINATION, NO_LOADER, ROOT, TINY, TRAIN, lm_comman
 
 from admin_fairseq import cli, hints
 from admin_fairseq.config import nearest_architectures
-from admin_fairseq.errors import explain
+from admin_fairseq.errors import AdminError, explain
 
 COMMANDS = {
     train: options.get_training_parser,
@@ -188,8 +188,8 @@ def test_misspelt(data, wrong, meant):
         (["--best-checkpoint-metric", "bleux", "--max-update", 1], "--best-checkpoint-metric bleux: validation"),
         (["--eval-bleu", "--eval-bleu-args", "{beam: 5}"], "not JSON: {beam: 5} ("),
         (["--encoder-attention-heads", 3], "the width must be a multiple of the heads"),
-        (["--max-tokens", 2], "exceeds max_tokens limit of 2: raise --max-tokens"),
-        (["--fp16"], "--fp16 needs a GPU"),
+        (["--max-tokens", 2], "none that fits --max-tokens"),
+        (["--max-tokens", 8, "--max-update", 1], "exceed max_tokens=8: raise --max-tokens"),
         (["--update-freq", "2,0"], "give a number of at least 1"),
     ],
 )
@@ -203,6 +203,24 @@ def test_a_training_that_may_be_its_own_start(model, tmp_path):
     last = tmp_path / "checkpoint_last.pt"
     args = [*map(str, [*model[1], "--save-dir", tmp_path, "--restore-file", last])]
     assert options.parse_args_and_arch(options.get_training_parser(), args).restore_file == str(last)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("show nope", "no such file: nope"),
+        ("fold RUN out.pt", "is a folder, not a checkpoint; give RUN/checkpoint_last.pt"),
+        ("profile nope --arch transformer_admin --out out", "no such folder: nope"),
+        ("analyze report nope --out out", "no such folder: nope"),
+    ],
+)
+def test_files_that_are_not_there(model, monkeypatch, tmp_path, argv, said):
+    run = str(model[0].parent)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AdminError) as error:
+        cli.main(argv.replace("RUN", run).split())
+    assert said.replace("RUN", run) in str(error.value)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("wrong", "meant"), [(["shw"], "show"), (["analyze", "omga"], "omega")])
@@ -219,10 +237,12 @@ NAMES = re.findall(r"^\| `(--[^`]+)` \| (.*?) \|$", PAGE, re.M)
 
 
 @pytest.mark.parametrize(("flags", "instead"), NAMES, ids=[flags for flags, _ in NAMES])
-def test_names_of_other_implementations(data, flags, instead):
+def test_names_of_other_implementations(data, tmp_path, monkeypatch, flags, instead):
     """Each row: refused in a line that names what the page names, or taken as it is."""
     argv = [data, "--arch", "transformer_admin", *flags.split()]
     if instead.startswith("the same"):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "x.pt").touch()
         options.parse_args_and_arch(options.get_training_parser(), [*map(str, argv)])
         return
     said = line(train, *argv)
