@@ -65,9 +65,14 @@ def _open_partial(target: str) -> tuple[str, IO[bytes]]:
     while True:
         partial = f"{target}.{secrets.token_hex(4)}.tmp"
         out = os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb")
-        with contextlib.suppress(OSError):  # a file system without locks
+        is_taken = False  # by another writer, for a left-over, before it was locked
+        try:
             fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.exists(partial):  # another writer may have taken it for a left-over before it was locked
+        except BlockingIOError:  # who is about to remove it
+            is_taken = True
+        except OSError:  # a file system without locks
+            pass
+        if not is_taken and os.path.exists(partial):
             return partial, out
         out.close()
 

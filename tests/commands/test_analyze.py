@@ -86,7 +86,7 @@ def test_a_checkpoint_is_measured_before_and_after(analyze, data, tmp_path):
     [
         (["dependency", "--cpu"], "give DATA"),
         (["dependency", "DATA", "--arch", "transformer_nope"], "transformer_nope: no such architecture"),
-        (["dependency", "DATA", "--encoder-layer-s", "3"], "unrecognized arguments: --encoder-layer-s"),
+        (["dependency", "DATA", "--encoder-layer-s", "3"], "--encoder-layer-s: no option .* nearest: --encoder-layers"),
         (["dependency", "DATA", "--path", "nope.pt"], "no such file: nope.pt"),
         (["dependency", "DATA", "--positions", "0"], "--positions must be at least 1, not 0"),
         (["amplification", "--seeds", "0"], "--seeds must be at least 1"),
