@@ -496,7 +496,8 @@ def test_a_misspelt_option_is_one_line(data: Path, tmp_path: Path):
     misspelt.args.extra = ["--dropuot", "0"]
     with pytest.raises(RunError) as error:
         misspelt.train(compare.Run("admin", "1-1", 5e-3, 20, 1))
-    assert "exit code 2: fairseq-train: error: unrecognized arguments: --dropuot 0 (all" in str(error.value)
+    line = "exit code 1: admin_fairseq: error: --dropuot: no option of this fairseq; the nearest: --dropout (all"
+    assert line in str(error.value)
     assert not list(tmp_path.glob("*/result.json"))
 
 
