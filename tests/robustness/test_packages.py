@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, TINY, TRAIN
 
-NOT_COPIED = [".*_cache", ".git", ".venv", "__pycache__", "*.egg-info", "build", "dist", "demo", "data", "raw", "runs"]
+EVERYWHERE = (".*_cache", ".hypothesis", ".git", ".venv", "__pycache__", "*.egg-info")
+AT_THE_TOP = ("build", "dist", "demo", "data", "raw", "runs")
 
 
 def leave_out(folder: str, names: list[str]) -> set[str]:
     """What git ignores; examples/demo is no output."""
     at_the_top = folder == str(ROOT)
-    return shutil.ignore_patterns(*(NOT_COPIED if at_the_top else NOT_COPIED[:5]))(folder, names)
+    return shutil.ignore_patterns(*EVERYWHERE, *(AT_THE_TOP if at_the_top else ()))(folder, names)
 
 
 def run(*command, cwd: Path, **variables: str) -> str:
