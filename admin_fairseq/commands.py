@@ -8,12 +8,13 @@ import os
 import sys
 import zipfile
 
+from fairseq.utils import import_user_module
 from tqdm import tqdm
 
 from admin_fairseq import listing
 from admin_fairseq.analysis import spread
 from admin_fairseq.analysis.figures import pyplot
-from admin_fairseq.analysis.subject import check_data, import_user_dir
+from admin_fairseq.analysis.subject import check_data
 from admin_fairseq.checkpoints import files, show
 from admin_fairseq.checkpoints.authors import convert
 from admin_fairseq.checkpoints.average import average, select
@@ -30,12 +31,12 @@ run_profile = spread.main
 
 
 def run_archs(args: argparse.Namespace) -> None:
-    import_user_dir(["--user-dir", args.user_dir] if args.user_dir else [])
+    import_user_module(args)
     print(listing.archs(args.name), end="")
 
 
 def run_options(args: argparse.Namespace) -> None:
-    import_user_dir(["--user-dir", args.user_dir] if args.user_dir else [])
+    import_user_module(args)
     print(listing.options(args.arch), end="")
 
 

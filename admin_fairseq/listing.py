@@ -64,7 +64,7 @@ def _defaults(arch: str) -> Namespace:
 
 def _own_options(arch: str, defaults: Namespace) -> str:
     """Those in which a method differs from another one of the same model."""
-    own = getattr(ARCH_MODEL_REGISTRY[arch], "own_options", {})
+    own = ARCH_MODEL_REGISTRY[arch].own_options
     given = {key: getattr(defaults, key) for key, value in own.items() if getattr(defaults, key) != value}
     return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in given.items())
 

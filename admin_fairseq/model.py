@@ -166,6 +166,11 @@ class AdminModel(RuledModel):
                 set_omega(norms, closed_form(args.admin_init, len(norms)))
                 self.omega_source = f"--admin-init {args.admin_init}"
 
+    @property
+    def margin(self) -> float:
+        """K, of a pre-pass."""
+        return MARGIN if self.admin_margin is None else self.admin_margin
+
     def depth_dependent_start(self) -> str | None:
         form = CLOSED_FORMS.get(self.admin_init)
         return f"--admin-init {self.admin_init}" if form and depends_on_depth(form) else None

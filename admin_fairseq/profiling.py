@@ -21,7 +21,7 @@ from tqdm import tqdm
 from admin_fairseq.errors import AdminError
 from admin_fairseq.model import AdminModel
 from admin_fairseq.norm import OmegaLayerNorm
-from admin_fairseq.omega import MARGIN, next_omega, observed, sub_layers
+from admin_fairseq.omega import next_omega, observed, sub_layers
 from admin_fairseq.profile_file import STACKS, Profile
 from admin_fairseq.turns import Turns
 
@@ -66,8 +66,7 @@ class _PrePass:
         self.autocast = torch.is_autocast_enabled()
         self.devices = sorted({s.net_input["src_tokens"].device.index for s in samples} - {None})  # GPUs
         self.turns = Turns([partial(self._forward, sample) for sample in samples])
-        margin = MARGIN if model.admin_margin is None else model.admin_margin
-        self.found = Profile(encoder=[], decoder=[], batches=len(samples), margin=margin)
+        self.found = Profile(encoder=[], decoder=[], batches=len(samples), margin=model.margin)
         for variances in (self.found.branch_variance, self.found.shortcut_variance):
             variances.update({name: [] for name in STACKS})
         self._next_omega = dict.fromkeys(STACKS, 1.0)

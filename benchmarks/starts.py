@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 from admin_fairseq.analysis.figures import pyplot, style
-from admin_fairseq.files import writing
+from benchmarks.common import write
 
 SHARES = ("the stack's input", "attention")
 
@@ -56,8 +57,7 @@ def main() -> None:
         models = json.load(file)["models"]
     drawn = io.BytesIO()
     draw(models).savefig(drawn, format="png")
-    with writing(args.out) as file:
-        file.write(drawn.getvalue())
+    write(Path(args.out), drawn.getvalue())
 
 
 if __name__ == "__main__":

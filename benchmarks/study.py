@@ -13,18 +13,17 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import math
 import shlex
-import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Iterable, NamedTuple
+from typing import Any, NamedTuple
 
 from admin_fairseq.errors import AdminError
 from admin_fairseq.profile_file import read_profile
 from benchmarks import compare, significance
 from benchmarks.common import ROOT, child_environment, write
+from benchmarks.compare import mean_valid
 from benchmarks.runs import Run
 from benchmarks.tables import markdown, number, spread
 
@@ -110,16 +109,14 @@ def train(args: argparse.Namespace) -> None:
     parts = [part for part in PLAN if fnmatch.fnmatch(part.name, args.only)]
     if not parts:
         raise AdminError(f"--only {args.only}: the plan has {', '.join(sorted({part.name for part in PLAN}))}")
-    for number_, part in enumerate(parts, 1):
-        regime, methods = (
-            REGIMES[part.regime],
-            [with_weights(method, part.weights) for method in part.methods.split(",")],
-        )
+    for count, part in enumerate(parts, 1):
+        regime = REGIMES[part.regime]
+        methods = [with_weights(method, part.weights) for method in part.methods.split(",")]
         command = [sys.executable, "-m", "benchmarks.compare", data, "--out", str(args.out / name / part.regime)]
         command += ["--methods", ",".join(methods), "--depths", part.depth, "--lr", part.rates, "--seeds", part.seeds]
         command += ["--warmup", str(regime.warmup), "--updates", str(regime.updates), "--jobs", str(args.jobs)]
         command += [*([] if part.bleu else ["--no-bleu"]), "--", *MODEL]
-        print(f"== {number_} of {len(parts)}: {name} {part}", flush=True)
+        print(f"== {count} of {len(parts)}: {name} {part}", flush=True)
         if subprocess.run(command, env=child_environment(), cwd=ROOT).returncode:
             raise AdminError(f"{part.name}: see above; the same command goes on")
         record(name, args.out / name)
@@ -145,15 +142,11 @@ def record(name: str, folder: Path) -> None:
             row = {"data": name, "regime": regime, **vars(run), **kept, "curve": curve}
             profile = file.with_name("admin_profile.json")
             rows.append({**row, "shares": shares(profile)} if profile.exists() else row)
-        for depth in sorted({run.depth for run in results}):
-            systems: dict[str, dict[int, significance.Translations]] = {}
-            for run in results:
-                if run.depth == depth and (folder / regime / run.name / "generate.log").exists():
-                    own = systems.setdefault(run.method, {})
-                    own[run.seed] = significance.of_folder(folder / regime / run.name)
-            baselines = [method for method in systems if compare.is_baseline(method.split()[0])]
-            for row in significance.against_best(systems, baselines):
-                rows.append({"data": name, "regime": regime, "depth": depth, "significance": row})
+        baselines = [method for method in {run.method for run in results} if compare.is_baseline(method.split()[0])]
+        depths = sorted({run.depth for run in results})
+        compared = argparse.Namespace(depths=depths, out=folder / regime, baselines=sorted(baselines))
+        for row in compare.tests(results, compared):
+            rows.append({"data": name, "regime": regime, "depth": row.pop("depth"), "significance": row})
     write(RECORD, "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -181,16 +174,11 @@ def split_method(method: str) -> tuple[str, str]:
     return " ".join(name.split()), "authors" if AUTHORS in method else "fairseq"
 
 
-def mean(rows: Iterable[dict[str, Any]]) -> float:
-    values = [row["valid_ppl"] for row in rows]
-    return math.inf if None in values else statistics.fmean(values)
-
-
 def best_rate(rows: list[dict[str, Any]]) -> tuple[float, bool]:
     """The rate with the lowest mean over the seeds that all rates have, and whether it ends the grid."""
     rates = sorted({row["lr"] for row in rows})
     common = set.intersection(*({row["seed"] for row in rows if row["lr"] == rate} for rate in rates))
-    best = min(rates, key=lambda rate: mean(row for row in rows if row["lr"] == rate and row["seed"] in common))
+    best = min(rates, key=lambda rate: mean_valid([r for r in rows if r["lr"] == rate and r["seed"] in common]))
     return best, best in (rates[0], rates[-1])
 
 
@@ -223,7 +211,7 @@ def cell(runs: list[dict[str, Any]]) -> str:
     parts = [f"**{spread([row['valid_ppl'] for row in chosen])}** at {rate:g}{' (edge)' if is_edge and others else ''}"]
     parts += [f"{len(chosen)} seeds" if len(chosen) > 1 else "1 seed"]
     parts += [f"BLEU {spread(bleu)}"] if bleu else []
-    parts += [f"{number(mean(row for row in runs if row['lr'] == lr))} at {lr:g}" for lr in others]
+    parts += [f"{number(mean_valid([row for row in runs if row['lr'] == lr]))} at {lr:g}" for lr in others]
     return "; ".join(parts)
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterable
 
 import fairseq
 import forked
@@ -113,6 +113,14 @@ def run(command: str, *arguments: Any, cwd: Path = ROOT, input: str | None = Non
                     timeout=600,
                 ).returncode
         return Result(code, out.read_text(errors="replace"))
+
+
+def output_of(command: Iterable[Any], **options: Any) -> str:
+    """What a command prints, which has to succeed; ``options`` are those of subprocess.run."""
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run([*map(str, command)], text=True, **both, **options)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def run_alone(tmp_path: Path, *arguments: str, **environment: str) -> None:

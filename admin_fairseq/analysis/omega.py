@@ -28,7 +28,6 @@ from admin_fairseq.checkpoints import files, show
 from admin_fairseq.errors import AdminError
 from admin_fairseq.files import aligned
 from admin_fairseq.model import AdminModel
-from admin_fairseq.omega import MARGIN
 from admin_fairseq.profile_file import STACKS, Profile, read_profile
 from admin_fairseq.profiling import Sample
 
@@ -57,7 +56,7 @@ def _at_initialisation(args: Namespace) -> list[dict[str, Any]]:
     for subject in subjects([], args.arch or ["transformer_admin"], args.rest):
         if isinstance(subject.model, AdminModel):
             shares = branch_shares(subject.model, subject.samples[0])
-            margin = subject.model.admin_margin or MARGIN if subject.model.omega_source == "profiling" else None
+            margin = subject.model.margin if subject.model.omega_source == "profiling" else None
             record = {"label": subject.method, "update": 0, "margin": margin}
             records.append({**record, **_with(of_model(subject.model), shares)})
     return records

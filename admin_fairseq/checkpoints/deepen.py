@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from admin_fairseq.checkpoints.files import State, Weights, settings
+from admin_fairseq.checkpoints.checks import Weights
+from admin_fairseq.checkpoints.files import State, settings
 from admin_fairseq.checkpoints.fold import STOCK, finished, model_name
 from admin_fairseq.checkpoints.verify import first_batches, load_data, load_model
 from admin_fairseq.errors import AdminError

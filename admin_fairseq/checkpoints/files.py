@@ -16,7 +16,6 @@ from admin_fairseq.config import as_namespace
 from admin_fairseq.errors import AdminError
 from admin_fairseq.files import writing
 
-Weights = Dict[str, torch.Tensor]
 State = Dict[str, Any]  # of a checkpoint
 SHARED = 64  # names for the same numbers: embeddings of many languages
 

@@ -23,8 +23,8 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_NAME_REGISTRY
 from fairseq.modules import SinusoidalPositionalEmbedding
 from torch import Tensor
 
-from admin_fairseq.checkpoints.checks import check_optimizer
-from admin_fairseq.checkpoints.files import State, Weights, settings
+from admin_fairseq.checkpoints.checks import Weights, check_optimizer
+from admin_fairseq.checkpoints.files import State, settings
 from admin_fairseq.errors import AdminError
 from admin_fairseq.rules import FAST_PATH_COPIES
 

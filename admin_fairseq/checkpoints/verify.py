@@ -14,7 +14,8 @@ from fairseq import tasks, utils
 from fairseq.dataclass.configs import GenerationConfig
 from torch import nn
 
-from admin_fairseq.checkpoints.files import State, Weights, building, settings
+from admin_fairseq.checkpoints.checks import Weights
+from admin_fairseq.checkpoints.files import State, building, settings
 from admin_fairseq.checkpoints.fold import fold
 from admin_fairseq.errors import AdminError
 

@@ -87,7 +87,7 @@ def convert(run: Path, out: Path, data: Path | None = None, quantization: str | 
         "target": target,
         "tokenize": {option.lstrip("-"): True for option in tokenize},
         "search": {"beam_size": int(search["BEAM"]), "length_penalty": float(search["LENPEN"])},
-        "model": described(run.absolute(), checkpoint),
+        "model": described(run, checkpoint),
     }
 
     converter = Path(sys.executable).with_name("ct2-fairseq-converter")

@@ -6,13 +6,12 @@ import contextlib
 import io
 import os
 import pickletools
-import subprocess
 import sys
 import zipfile
 
 import pytest
 import torch
-from helpers import TINY, TRAIN, checkpoint, needs_stock_translation, run, train
+from helpers import TINY, TRAIN, checkpoint, needs_stock_translation, output_of, run, train
 
 from admin_fairseq import AdminError
 from admin_fairseq.checkpoints.files import load
@@ -44,17 +43,7 @@ def without_plugin(folder, command, *arguments):
     (folder / "without" / "admin_fairseq" / "__init__.py").write_text("raise ImportError('no plugin here')\n")
     environment = dict(os.environ, PYTHONPATH=str(folder / "without"), PYTHONWARNINGS="ignore")
     program = os.path.join(os.path.dirname(sys.executable), command)
-    finished = subprocess.run(
-        [program, *map(str, arguments)],
-        env=environment,
-        cwd=folder,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stdout
-    return finished.stdout
+    return output_of([program, *arguments], env=environment, cwd=folder, timeout=300)
 
 
 def translations(output):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, TINY, TRAIN
+from helpers import ROOT, TINY, TRAIN, output_of
 
 EVERYWHERE = (".*_cache", ".hypothesis", ".git", ".venv", "__pycache__", "*.egg-info")
 AT_THE_TOP = ("build", "dist", "demo", "data", "raw", "runs")
@@ -25,17 +24,7 @@ def leave_out(folder: str, names: list[str]) -> set[str]:
 def run(*command, cwd: Path, **variables: str) -> str:
     """Its output; nothing of the checkout is on Python's path unless it is given."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [*map(str, command)],
-        cwd=cwd,
-        env={**environment, **variables},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    return output_of(command, cwd=cwd, env={**environment, **variables}, timeout=600)
 
 
 @pytest.fixture(scope="module")
