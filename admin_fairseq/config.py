@@ -51,7 +51,7 @@ def nearest_architectures(name: str, count: int = 3) -> str:
 def unknown_architecture(name: str) -> str:
     """What to say of a name for --arch that there is not."""
     return (
-        f"--arch {name}: no such architecture; the nearest: {nearest_architectures(name)}."
+        f"{name}: no such architecture; the nearest: {nearest_architectures(name)}."
         " admin-fairseq archs lists them; --encoder-layers and --decoder-layers make any depth"
     )
 

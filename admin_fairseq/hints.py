@@ -12,16 +12,20 @@ import importlib.util
 import os
 import re
 from argparse import ArgumentParser, Namespace
-from typing import Iterable
+from typing import Any, Iterable
 
 from fairseq.file_io import PathManager
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY
 
 from admin_fairseq.arguments import unknown_choice
 from admin_fairseq.config import unknown_architecture
 from admin_fairseq.errors import AdminError
 
-INSIDE = "drop it: the pre-pass runs inside the one training command, with --arch transformer_admin or a depth of it"
-FROM_FILE = "drop it, or start from their file by --admin-profile FILE"
+INSIDE = (
+    "drop it: the pre-pass runs inside the one training command, with --arch transformer_admin or a depth of it, and"
+    " --admin-margin 1 for the paper's rule"
+)
+FROM_FILE = "drop it and add --admin-margin 1, the paper's rule, or start from their file by --admin-profile FILE"
 FLAGS = {
     "--init-type": INSIDE,
     "--admin-init-type": INSIDE,
@@ -33,10 +37,10 @@ FLAGS = {
 VALUES = {
     "adaptive-profiling": INSIDE,
     "adaptive": FROM_FILE,
-    "default": "say --arch transformer_postln",
-    "looklinear": "say --arch transformer_looklinear",
-    "rezero": "say --arch transformer_rezero",
-    "rezero_postln": "say --arch transformer_rezero_postln",
+    "default": "say --arch transformer_postln --init-weights authors",
+    "looklinear": "say --arch transformer_looklinear --init-weights authors",
+    "rezero": "say --arch transformer_rezero --init-weights authors",
+    "rezero_postln": "say --arch transformer_rezero_postln --init-weights authors",
     "deepnet": "say --arch transformer_deepnorm",
     "O(logn)": "say --admin-init logn",
     "O(1)": "say --admin-init sqrt",
@@ -123,3 +127,41 @@ def _check_training(args: Namespace) -> None:
         raise AdminError("--best-checkpoint-metric bleu needs --eval-bleu")
     if any(int(number) < 1 for number in re.findall(r"-?\d+", str(given["update_freq"]))):
         raise AdminError(f"--update-freq {given['update_freq']}: give a number of at least 1")
+
+
+def check_architecture(cfg: Any) -> None:
+    """Of hydra's config and of a checkpoint's settings; what ``--arch`` says has been checked by then.
+
+    Raises:
+        AdminError: it is none that this fairseq has.
+    """
+    name = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)
+    if isinstance(name, str) and name not in ARCH_MODEL_REGISTRY and name not in MODEL_DATACLASS_REGISTRY:
+        raise AdminError(f"{unknown_architecture(name)}; one of your own needs its folder as --user-dir")
+
+
+def check_folders(
+    model_name_or_path: str,
+    checkpoint_file: str = "model.pt",
+    data_name_or_path: str = ".",
+    archive_map: Any = None,
+    **_: Any,
+) -> None:
+    """Of ``from_pretrained``, whose arguments these are; archives and models to be downloaded are left to fairseq.
+
+    Raises:
+        AdminError: a checkpoint or the folder of the data is not there.
+    """
+    folder, data = model_name_or_path, data_name_or_path
+    if folder in (archive_map or {}) or "://" in folder or os.path.isfile(folder):
+        return
+    for name in checkpoint_file.split(os.pathsep):
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            raise AdminError(
+                f'{path}: no such file; for example from_pretrained("checkpoints", "checkpoint_best.pt", "data-bin")'
+            )
+    is_inside = data.startswith(".")
+    if not os.path.isdir(os.path.join(folder, data) if is_inside else data):
+        where = f" in {folder}, where a name that begins with a dot is looked for" if is_inside else ""
+        raise AdminError(f"{data}: no such folder{where}; give what fairseq-preprocess wrote")

@@ -15,7 +15,7 @@ from multiprocessing.util import Finalize
 from typing import Any, Callable, Sequence
 
 import torch
-from fairseq import checkpoint_utils, options
+from fairseq import checkpoint_utils, hub_utils, models, options
 from fairseq.logging import progress_bar
 from fairseq.sequence_generator import EnsembleModelWithAlignment
 from fairseq.trainer import Trainer
@@ -48,6 +48,8 @@ def install() -> None:
     _wrap(checkpoint_utils, "save_checkpoint", _save_or_say_why)
     guard_fairseq()
     _wrap(options, "parse_args_and_arch", _parse_with_hints)
+    _wrap(models, "build_model", _build_known_model)
+    _wrap(hub_utils, "from_pretrained", _load_from_folder)
     old_numpy.install()
     if torch.__version__ >= "2.6":
         # from here on torch.load refuses classes that are not listed
@@ -89,6 +91,16 @@ def _parse_with_hints(parse: Callable[..., Any], parser: ArgumentParser, *args: 
     parsed = parse(parser, *args, **arguments)
     hints.check(parsed[0] if isinstance(parsed, tuple) else parsed)
     return parsed
+
+
+def _build_known_model(build_model: Callable[..., Any], cfg: Any, *args: Any, **options: Any) -> Any:
+    hints.check_architecture(cfg)
+    return build_model(cfg, *args, **options)
+
+
+def _load_from_folder(from_pretrained: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    hints.check_folders(*args, **options)
+    return from_pretrained(*args, **options)
 
 
 def _save_or_say_why(save_checkpoint: Callable[..., Any], cfg: Any, *args: Any, **options: Any) -> Any:

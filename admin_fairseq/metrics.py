@@ -30,13 +30,8 @@ def statistics(model: AdminModel) -> dict[str, float]:
             omegas = torch.stack([norm.omega.detach() for norm in norms.values()]).float()
             deviations, means = torch.std_mean(omegas, dim=1, unbiased=False)
             values += [means, deviations]
-            names += [f"{prefix}{stack_name}.{_shown(name)}" for prefix in PREFIXES for name in norms]
+            names += [f"{prefix}{stack_name}.{sub_layer_name(name)}" for prefix in PREFIXES for name in norms]
     return dict(zip(names, torch.cat(values).tolist())) if values else {}
-
-
-def _shown(norm: str) -> str:
-    layer, _, kind = norm.rpartition(".")
-    return f"{layer}.{sub_layer_name(kind)}"
 
 
 def log_omega(trainer: Trainer) -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,9 +25,8 @@ STACKS = ("encoder", "decoder")
 
 
 def sub_layer_name(norm: str) -> str:
-    """ "self_attn", "encoder_attn" or "ffn", of fairseq's name for the sub-layer's LayerNorm."""
-    kind = norm[: -len("_layer_norm")]
-    return "ffn" if kind == "final" else kind
+    """ "self_attn", "encoder_attn" or "ffn", of fairseq's name for its LayerNorm; what is before it stays."""
+    return re.sub("final$", "ffn", norm[: -len("_layer_norm")])
 
 
 @dataclass

@@ -22,17 +22,18 @@ from admin_fairseq.files import reason
 from admin_fairseq.model import AdminModel
 from admin_fairseq.norm import OmegaLayerNorm
 from admin_fairseq.omega import observed, sub_layers
+from admin_fairseq.profile_file import sub_layer_name
 
 logger = logging.getLogger(__name__)
 
 EVERY = 100  # updates
-REMEDY = "try a lower --lr, a longer --warmup-updates, --clip-norm, or --admin-init logn"
+REMEDY = "try a lower --lr, a longer --warmup-updates, or --clip-norm"
 
 
 def norms_of(model: AdminModel) -> dict[str, OmegaLayerNorm]:
     """The omegas' owners by the name that their sub-layer has elsewhere: ``decoder.layers.0.self_attn``."""
     return {
-        f"{stack_name}.{name[: -len('_layer_norm')]}": norm
+        f"{stack_name}.{sub_layer_name(name)}": norm
         for stack_name, stack in model.stacks().items()
         for name, norm in sub_layers(stack).items()
     }

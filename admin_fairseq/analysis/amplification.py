@@ -19,7 +19,7 @@ import argparse
 import contextlib
 import itertools
 from dataclasses import dataclass
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -235,11 +235,11 @@ def main(args: argparse.Namespace) -> None:
     for case, seeds in cases(args):
         check_depth(case.model)
         key = (case.name, case.stack)
-        noise.setdefault(key, []).extend(by_noise(case, args.noise, seed) for seed in seeds)
+        noise.setdefault(key, []).extend(by_noise(case, args.noise, seed) for seed in _shown(seeds, case, "noise"))
         if key not in updates:
             deepest = len(list(case.module.layers.children()))
             per_layer = len(norms_of(case.module.layers[0]))
-            updates[key] = {n * per_layer: by_update(case, n, LR) for n in _few(deepest)}
+            updates[key] = {n * per_layer: by_update(case, n, LR) for n in _shown(_few(deepest), case, "updates")}
         sizes[case.stack] = {"width": case.module.layers[0].embed_dim, "positions": _positions(case)}
     settings = {"noise": args.noise, "lr": LR, "seeds": args.seeds, "draws": DRAWS, "options": args.rest}
     data = {"settings": {**settings, "stacks": sizes, "random_words": not is_given(args)}}
@@ -263,6 +263,11 @@ def main(args: argparse.Namespace) -> None:
     ]
     print(aligned(_table(data)), end="")
     write(args.out, "amplification", data, rows, page(data), args.format)
+
+
+def _shown(work: list[int], case: Case, what: str) -> Iterable[int]:
+    """With progress of its own, since a deep stack alone may take minutes."""
+    return tqdm(work, desc=f"{case.name} {case.stack}, {what}", leave=False, delay=3)
 
 
 def _positions(case: Case) -> int:

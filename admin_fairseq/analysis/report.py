@@ -65,6 +65,9 @@ def main(args: argparse.Namespace) -> None:
     if not has_data(args.rest):
         raise AdminError(f"give DATA, as the first argument ({DATA_HINT})")
     facts = run_facts(args)
+    print(f"{', '.join(ORDER)} of {facts['Models']}", file=sys.stderr)
+    if not args.path:
+        print("on a CPU this may take hours at width 512; --path measures trained checkpoints", file=sys.stderr)
     refused: dict[str, str] = {}
     failure: Exception | None = None
     for name in ORDER:

@@ -50,7 +50,7 @@ def problems(weights: dict[str, torch.Tensor]) -> list[str]:
     lines = []
     for key, value in weights.items():
         if key.endswith("_layer_norm.omega"):
-            name, size = key[: -len("_layer_norm.omega")], value.numel()
+            name, size = sub_layer_name(key[: -len(".omega")]), value.numel()
             broken, low = (~torch.isfinite(value)).sum().item(), (value <= 0).sum().item()
             if broken:
                 lines.append(

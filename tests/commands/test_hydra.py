@@ -98,6 +98,7 @@ def test_bf16(data, tmp_path):
         ("+model.encoder_normalize_before=true", "Post-LN"),
         ("model.admin_init=magic", "choose profile, logn, sqrt or unit"),
         ("+model.init_weights=xavier", "choose fairseq or authors"),
+        ("model._name=transformer_admin_24x6", "no such architecture; the nearest: transformer_admin_24_6"),
         ("+model.encoder.layers=4", "gives encoder_layers twice, as 3 and as 4"),
     ],
 )

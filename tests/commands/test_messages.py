@@ -7,13 +7,14 @@ import shutil
 import sys
 
 import pytest
+import torch
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from fairseq_cli import generate, interactive, train
 from helpers import DEFAULT_COMBINATION, NO_LOADER, ROOT, TINY, TRAIN, lm_command, preprocess
 
-from admin_fairseq import cli, hints
+from admin_fairseq import AdminTransformer, cli, hints
 from admin_fairseq.config import nearest_architectures
 from admin_fairseq.errors import AdminError, explain
 
@@ -68,6 +69,29 @@ def test_another_dictionary(model, other, tmp_path):
         line(generate, other, "--path", path, "--cpu", *NO_LOADER),
     ):
         assert re.search(r"dictionary has \d\d\d words and that in DATA 64: .* --srcdict", said)
+
+
+def test_a_checkpoint_of_a_method_that_is_not_there(model, data, tmp_path):
+    state = torch.load(model[0], weights_only=False)
+    state["cfg"]["model"].arch = state["cfg"]["model"]._name = "transformer_mine"
+    torch.save(state, tmp_path / "mine.pt")
+    said = line(generate, data, "--path", tmp_path / "mine.pt", "--cpu", *NO_LOADER)
+    assert said.startswith("transformer_mine: no such architecture;")
+    assert said.endswith("needs its folder as --user-dir")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere", "checkpoint_last.pt", "{data}"], "nowhere/checkpoint_last.pt: no such file"),
+        (["{folder}", "checkpoint_best.pt", "{data}"], "checkpoint_best.pt: no such file"),
+        (["{folder}", "checkpoint_last.pt", "nowhere"], "nowhere: no such folder; give what fairseq-preprocess wrote"),
+        (["{folder}", "checkpoint_last.pt", "./bin"], "./bin: no such folder in .*, where a name that begins"),
+    ],
+)
+def test_folders_of_a_hub_interface(model, data, arguments, said):
+    with pytest.raises(AdminError, match=said):
+        AdminTransformer.from_pretrained(*(each.format(folder=model[0].parent, data=data) for each in arguments))
 
 
 def test_another_width_is_not_taken_for_another_dictionary(model, tmp_path):

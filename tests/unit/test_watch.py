@@ -32,8 +32,8 @@ def last(trainer, stack="decoder"):
 
 
 BREAK = {
-    "omega of decoder.layers.1.final": lambda trainer: last(trainer).omega.data[0].fill_(float("nan")),
-    "the residual branch of encoder.layers.2.final": lambda trainer: (
+    "omega of decoder.layers.1.ffn": lambda trainer: last(trainer).omega.data[0].fill_(float("nan")),
+    "the residual branch of encoder.layers.2.ffn": lambda trainer: (
         trainer.get_model().encoder.layers[2].fc2.weight.data.fill_(float("inf"))
     ),
     "the shortcut of encoder.layers.0.self_attn": lambda trainer: (
@@ -74,10 +74,10 @@ def test_omega_at_zero_is_warned_of_once_and_a_broken_one_ends_training(training
         trainer.train_step(samples)
     lines = [line for line in caplog.messages if "is down to" in line]
     assert len(lines) == 1
-    assert lines[0].startswith("update 1: omega of decoder.layers.1.final is down to -0.5")
+    assert lines[0].startswith("update 1: omega of decoder.layers.1.ffn is down to -0.5")
     trainer.set_num_updates(201)
     last(trainer).omega.data[3] = float("inf")
-    with pytest.raises(AdminError, match=r"update 201: omega of decoder\.layers\.1\.final is not finite"):
+    with pytest.raises(AdminError, match=r"update 201: omega of decoder\.layers\.1\.ffn is not finite"):
         watch.watch_omega(trainer)
     trainer.set_num_updates(202)
     watch.watch_omega(trainer)  # not looked at
