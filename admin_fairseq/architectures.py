@@ -113,6 +113,7 @@ def _register(model_name: str, name: str, base: Defaults, **defaults: Any) -> No
         # base_layers: fairseq 0.12.2 looks for it in hydra's config
         for key, value in {"base_layers": 0, **model.own_options, **defaults}.items():
             setattr(options, key, getattr(options, key, value))
+        model.settle(options)
         model.check(options)
         base(options)
         if getattr(options, "bf16", False) and importlib.util.find_spec("torch_xla") is None:

@@ -18,7 +18,7 @@ class FamilyModel(nn.Module):
     """A Transformer of one of our architectures; mixed in before fairseq's model class."""
 
     method: ClassVar[str]  # its name, as in the architectures'
-    own_options: ClassVar[dict[str, Any]] = {"init_weights": "fairseq"}  # and their defaults
+    own_options: ClassVar[dict[str, Any]] = {"init_weights": None}  # and their defaults; None is for settle
 
     @staticmethod
     def add_own_args(parser: ArgumentParser) -> None:
@@ -26,8 +26,9 @@ class FamilyModel(nn.Module):
         parser.add_argument(
             "--init-weights",
             choices=[*weights.STARTS],
-            help="how weights start: as fairseq draws them (default), or as the authors' fairseq did, with feed-forward"
-            " networks from Xavier's uniform distribution and biases 0",
+            help="how weights start: as fairseq draws them, or as the authors' fairseq did, with feed-forward networks"
+            " from Xavier's uniform distribution and biases 0 (default: authors where Admin's omega is profiled, else"
+            " fairseq)",
         )
 
     @classmethod
@@ -43,6 +44,11 @@ class FamilyModel(nn.Module):
             AdminError: it cannot.
         """
         refuse_other(args, {"init_weights": weights.STARTS})
+
+    @classmethod
+    def settle(cls, args: Namespace) -> None:
+        """Fill in the defaults that depend on other options, so that a checkpoint says what it began from."""
+        args.init_weights = args.init_weights or "fairseq"
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> FamilyModel:

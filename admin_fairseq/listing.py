@@ -64,7 +64,7 @@ def _defaults(arch: str) -> Namespace:
 
 def _own_options(arch: str, defaults: Namespace) -> str:
     """Those in which a method differs from another one of the same model."""
-    own = ARCH_MODEL_REGISTRY[arch].own_options
+    own = {key: value for key, value in ARCH_MODEL_REGISTRY[arch].own_options.items() if value is not None}
     given = {key: getattr(defaults, key) for key, value in own.items() if getattr(defaults, key) != value}
     return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in given.items())
 

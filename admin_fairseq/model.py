@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 class AdminRule(Rule):
     """LN(omega x + f), with a trainable omega that starts from measured variances.
 
-    Draws no random number: from the same seed, every weight shared with the stock layer is its to the bit.
+    Draws no random number: from the same seed and start of weights, every weight shared with the stock layer is its
+    to the bit.
     """
 
     dropout_module: nn.Module
@@ -72,6 +73,7 @@ class AdminModel(RuledModel):
         "admin_fast": "measured",
     }
     omega_source = "unset"
+    init_weights: str
     admin_init: str
     admin_profile: str | None
     admin_profile_batches: int | None
@@ -144,6 +146,15 @@ class AdminModel(RuledModel):
             raise AdminError(f"--admin-margin must be positive, not {margin}")
 
     @classmethod
+    def settle(cls, args: Namespace) -> None:
+        """The authors' weights for a profiled omega; a closed form does not see how large branches are."""
+        if args.admin_init == "profile":
+            args.init_weights = args.init_weights or "authors"
+            if args.admin_profile is None and args.admin_margin is None:
+                args.admin_margin = MARGIN
+        super().settle(args)
+
+    @classmethod
     def build_model(cls, args: Any, task: Any) -> AdminModel:
         model = super().build_model(args, task)
         config = task.args if task.cfg is None else task.cfg
@@ -152,7 +163,14 @@ class AdminModel(RuledModel):
 
     def finish(self, args: Namespace) -> None:
         super().finish(args)
-        for option in ("admin_init", "admin_profile", "admin_profile_batches", "admin_margin", "admin_fast"):
+        for option in (
+            "init_weights",
+            "admin_init",
+            "admin_profile",
+            "admin_profile_batches",
+            "admin_margin",
+            "admin_fast",
+        ):
             setattr(self, option, getattr(args, option))
         fast.apply(self.stacks(), self.admin_fast)
         for stack in self.stacks().values():

@@ -21,7 +21,7 @@ from admin_fairseq.norm import OmegaLayerNorm
 
 ClosedForm = Callable[[int, int], float]
 CLOSED_FORMS: dict[str, ClosedForm] = {}  # by their name for --admin-init
-MARGIN = 1.0  # K, of a pre-pass that is told nothing else
+MARGIN = 16.0  # K, of a pre-pass that is told nothing else
 
 
 def next_omega(shortcut_variance: float, branch_variance: float, margin: float = 1.0) -> float:

@@ -53,6 +53,9 @@ def start_omega(trainer: Trainer) -> None:
 def _read(file: str, model: AdminModel) -> Profile:
     depth = {name: len(sub_layers(stack)) for name, stack in model.stacks().items()}
     profile = read_profile(file, depth.get("encoder", 0), depth["decoder"])
+    weights = profile.settings.get("init_weights", model.init_weights)
+    if weights != model.init_weights:
+        logger.warning(f"{file} was profiled with --init-weights {weights}, and this model starts otherwise: add that")
     return profile if model.admin_margin is None else profile.with_margin(model.admin_margin)
 
 
@@ -91,6 +94,7 @@ def profile_batches(trainer: Trainer, samples: list[Sample], progress: bool = Fa
         result = profile(model, samples, reduce, progress)
     result.settings = {
         "arch": getattr(cfg.model, "_name", None),
+        "init_weights": model.init_weights,
         "world_size": trainer.data_parallel_world_size,
         "seed": cfg.common.seed,
         "dtype": str(next(model.parameters()).dtype).replace("torch.", ""),

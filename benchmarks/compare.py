@@ -118,9 +118,9 @@ def tests(results: dict[Run, Result], args: argparse.Namespace) -> list[dict[str
     found = []
     for depth in args.depths:
         systems: dict[str, dict[int, significance.Translations]] = {}
-        for (method, its_depth), runs in best(results).items():
+        for method, runs in ((method, runs) for (method, its), runs in best(results).items() if its == depth):
             # what was cut off has no score, and of a score's translations the log may have been removed
-            done = [run for run in runs if its_depth == depth and results[run]["bleu"] is not None]
+            done = [run for run in runs if results[run]["bleu"] is not None]
             folders = {run.seed: args.out / run.name for run in done}
             kept = {seed: folder for seed, folder in folders.items() if (folder / "generate.log").exists()}
             systems[method] = {seed: significance.of_folder(folder) for seed, folder in kept.items()}

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from admin_fairseq.errors import AdminError
-from admin_fairseq.profile_file import read_profile
+from admin_fairseq.profile_file import STACKS
 from benchmarks import compare, significance
 from benchmarks.common import ROOT, child_environment, write
 from benchmarks.compare import mean_valid
@@ -45,13 +45,14 @@ class Regime(NamedTuple):
 
 
 REGIMES = {"short": Regime(200, 600), "paper": Regime(1200, 3200)}
-AUTHORS = "--init-weights authors"
+WHEN = ("start", "end")  # of training
+WEIGHTS = {"authors": "the authors'", "fairseq": "today's fairseq's"}
 NAMES = {  # of the methods, in the order of the tables
     "postln": "Post-LN",
     "preln": "Pre-LN",
-    "admin": "Admin, K = 1",
+    "admin --admin-margin 1": "Admin, K = 1 (the paper's)",
     "admin --admin-margin 4": "Admin, K = 4",
-    "admin --admin-margin 16": "Admin, K = 16",
+    "admin --admin-margin 16": "Admin, K = 16 (default)",
     "admin --admin-margin 64": "Admin, K = 64",
     "admin --admin-init logn": "Admin, logn",
     "deepnorm": "DeepNorm",
@@ -67,7 +68,7 @@ class Part(NamedTuple):
     methods: str  # as in NAMES, by commas
     rates: str
     seeds: str = "1"
-    weights: str = AUTHORS
+    weights: str = "authors"
     bleu: bool = False
 
     @property
@@ -76,22 +77,28 @@ class Part(NamedTuple):
 
 
 BOTH = "preln,admin --admin-margin 16"
-MARGINS = "admin,admin --admin-margin 4,admin --admin-margin 64"
+MARGINS = "admin --admin-margin 1,admin --admin-margin 4,admin --admin-margin 64"
 PLAN = [  # what decides most comes first
     Part("short", "18-18", BOTH, "2e-3,4e-3,8e-3"),
     Part("short", "18-18", BOTH, "4e-3", "1,2,3", bleu=True),
     Part("short", "12-12", BOTH, "2e-3,4e-3,8e-3"),
     Part("short", "6-6", BOTH, "2e-3,4e-3,8e-3"),
-    Part("paper", "18-18", BOTH, "1e-3"),
-    Part("short", "18-18", MARGINS, "2e-3,4e-3"),
-    Part("short", "18-18", "admin --admin-init logn,rezero,deepnorm,postln", "2e-3,4e-3"),
-    Part("short", "18-18", "preln,admin,admin --admin-margin 16,admin --admin-init logn", "2e-3,4e-3", weights=""),
     Part("short", "12-12", BOTH, "4e-3", "1,2,3", bleu=True),
     Part("short", "6-6", BOTH, "4e-3", "1,2,3", bleu=True),
-    Part("paper", "12-12", BOTH, "1e-3"),
-    Part("paper", "18-18", f"{BOTH},admin", "5e-4,1e-3,2e-3"),
+    Part("short", "12-12", "preln", "16e-3"),
+    Part("short", "12-12", "preln", "8e-3", "1,2,3", bleu=True),
+    Part("short", "6-6", "preln", "16e-3"),
+    Part("short", "6-6", "preln", "8e-3", "1,2,3", bleu=True),
+    Part("paper", "18-18", BOTH, "1e-3"),
+    Part("paper", "18-18", BOTH, "2e-3"),
+    Part("short", "18-18", BOTH, "2e-3,4e-3", weights="fairseq"),
+    Part("short", "18-18", MARGINS, "2e-3,4e-3"),
+    Part("short", "18-18", "admin --admin-init logn,rezero,deepnorm,postln", "2e-3,4e-3"),
+    Part("short", "18-18", "admin --admin-margin 1,admin --admin-init logn", "2e-3,4e-3", weights="fairseq"),
+    Part("paper", "12-12", BOTH, "1e-3,2e-3"),
     Part("paper", "18-18", BOTH, "1e-3", "1,2,3", bleu=True),
     Part("paper", "12-12", BOTH, "1e-3", "1,2,3", bleu=True),
+    Part("paper", "18-18", f"{BOTH},admin --admin-margin 1", "5e-4,1e-3,2e-3"),
     Part("short", "60-12", BOTH, "1e-3,2e-3,4e-3"),
 ]
 
@@ -119,16 +126,19 @@ def train(args: argparse.Namespace) -> None:
         print(f"== {count} of {len(parts)}: {name} {part}", flush=True)
         if subprocess.run(command, env=child_environment(), cwd=ROOT).returncode:
             raise AdminError(f"{part.name}: see above; the same command goes on")
-        record(name, args.out / name)
+        record(name, data, args.out / name)
 
 
 def with_weights(method: str, weights: str) -> str:
     base, *options = method.split()
-    return " ".join([base, *weights.split(), *options])
+    return " ".join([base, "--init-weights", weights, *options])
 
 
-def record(name: str, folder: Path) -> None:
-    """Put every finished run in ``folder`` and its differences in BLEU into RECORD, in the place of earlier ones."""
+def record(name: str, data: str, folder: Path) -> None:
+    """Put every finished run in ``folder`` and its differences in BLEU into RECORD, in the place of earlier ones.
+
+    ``data`` is the data-bin, on which a run's shares are measured.
+    """
     rows = [row for row in recorded() if row["data"] != name]
     for regime in REGIMES:
         results = {}
@@ -140,8 +150,8 @@ def record(name: str, folder: Path) -> None:
             kept = {key: result[key] for key in ("verdict", "train_ppl", "valid_ppl", "bleu", "seconds", "environment")}
             curve = [[update, loss and round(loss, 3)] for update, loss in result["curve"][step - 1 :: step]]
             row = {"data": name, "regime": regime, **vars(run), **kept, "curve": curve}
-            profile = file.with_name("admin_profile.json")
-            rows.append({**row, "shares": shares(profile)} if profile.exists() else row)
+            has_shares = run.seed == 1 and file.with_name("checkpoint_last.pt").exists()  # what diverged left none
+            rows.append({**row, "shares": shares(file.parent, data)} if has_shares else row)
         baselines = [method for method in {run.method for run in results} if compare.is_baseline(method.split()[0])]
         depths = sorted({run.depth for run in results})
         compared = argparse.Namespace(depths=depths, out=folder / regime, baselines=sorted(baselines))
@@ -150,15 +160,27 @@ def record(name: str, folder: Path) -> None:
     write(RECORD, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def shares(profile: Path) -> dict[str, dict[str, float]]:
-    """By stack, the sums of the branches' shares at the start over attention and over feed-forward sub-layers."""
-    found, sums = read_profile(str(profile)), {}
-    for stack, kinds in (("encoder", 2), ("decoder", 3)):
-        variances = zip(getattr(found, stack), found.branch_variance[stack])
-        each = [variance / (omega**2 + variance) for omega, variance in variances]  # behind a LayerNorm Var[x] is 1
-        ffn = sum(each[kinds - 1 :: kinds])
-        sums[stack] = {"attention": round(sum(each) - ffn, 4), "feed-forward": round(ffn, 4)}
-    return sums
+def shares(folder: Path, data: str) -> dict[str, dict[str, dict[str, float]]]:
+    """At the start and after training, by stack: the sums of the branches' shares, and the input's share of the output.
+
+    Raises:
+        AdminError: ``admin-fairseq analyze dependency`` failed, which has said why.
+    """
+    out = folder / "dependency"
+    if not (out / "dependency.json").exists():
+        command = [sys.executable, "-m", "admin_fairseq", "analyze", "dependency", data, "--out", str(out), "--cpu"]
+        if subprocess.run([*command, "--path", str(folder)], env=child_environment(), cwd=ROOT).returncode:
+            raise AdminError(f"{folder}: its shares could not be measured, see above")
+    found = {}
+    for model, when in zip(json.loads((out / "dependency.json").read_text(encoding="utf-8"))["models"], WHEN):
+        found[when] = {}
+        for stack, values in model["stacks"].items():
+            each = [*zip(values["sub_layers"], values["share"])]
+            ffn = sum(share for name, share in each if name.endswith("ffn"))
+            sums = {"attention": sum(share for _, share in each) - ffn, "feed-forward": ffn}
+            sums["input"] = values["beta2"][-1][0]
+            found[when][stack] = {name: round(value, 4) for name, value in sums.items()}
+    return found
 
 
 def recorded() -> list[dict[str, Any]]:
@@ -170,24 +192,33 @@ def recorded() -> list[dict[str, Any]]:
 
 def split_method(method: str) -> tuple[str, str]:
     """The method without its weights' start, and that: "fairseq" or "authors"."""
-    name = method.replace(AUTHORS, "").strip()
-    return " ".join(name.split()), "authors" if AUTHORS in method else "fairseq"
+    base, _, weights, *options = method.split()
+    return " ".join([base, *options]), weights
+
+
+def label(method: str) -> str:
+    name, weights = split_method(method)
+    return f"{NAMES.get(name, name)}, {WEIGHTS[weights]} weights"
+
+
+def layers(depth: str) -> int:
+    return sum(map(int, depth.split("-")))
 
 
 def best_rate(rows: list[dict[str, Any]]) -> tuple[float, bool]:
-    """The rate with the lowest mean over the seeds that all rates have, and whether it ends the grid."""
-    rates = sorted({row["lr"] for row in rows})
-    common = set.intersection(*({row["seed"] for row in rows if row["lr"] == rate} for rate in rates))
-    best = min(rates, key=lambda rate: mean_valid([r for r in rows if r["lr"] == rate and r["seed"] in common]))
-    return best, best in (rates[0], rates[-1])
+    """The rate with the lowest mean of those that most seeds have, and whether it ends the grid."""
+    rates = {rate: [row for row in rows if row["lr"] == rate] for rate in sorted({row["lr"] for row in rows})}
+    most = max(map(len, rates.values()))  # as in compare.best: means of fewer are not comparable
+    best = min((rate for rate in rates if len(rates[rate]) == most), key=lambda rate: mean_valid(rates[rate]))
+    return best, best in (min(rates), max(rates))
 
 
 def tables(rows: list[dict[str, Any]], data: str, regime: str) -> str:
     """By weights' start a table: methods by depth, validation perplexity at each one's best rate, BLEU."""
     runs = [row for row in rows if row["data"] == data and row["regime"] == regime and "method" in row]
-    depths = sorted({row["depth"] for row in runs}, key=lambda depth: sum(map(int, depth.split("-"))))
+    depths = sorted({row["depth"] for row in runs}, key=layers)
     text = []
-    for weights, title in (("authors", "the authors'"), ("fairseq", "today's fairseq's")):
+    for weights, title in WEIGHTS.items():
         table = [["weights: " + title, *depths]]
         for method, label in NAMES.items():
             cells = []
@@ -203,6 +234,22 @@ def tables(rows: list[dict[str, Any]], data: str, regime: str) -> str:
     return "\n\n".join(text)
 
 
+def summary(rows: list[dict[str, Any]], data: str) -> str:
+    """The short regime's Pre-LN and recommended start, as README has them."""
+    runs = [row for row in rows if row["data"] == data and row["regime"] == "short" and "method" in row]
+    depths = sorted({row["depth"] for row in runs}, key=layers)
+    table = [["", *depths]]
+    for method in BOTH.split(","):
+        cells = []
+        for depth in depths:
+            own = [row for row in runs if (row["method"], row["depth"]) == (with_weights(method, "authors"), depth)]
+            chosen = [row for row in own if row["lr"] == best_rate(own)[0]]
+            bleu = [row["bleu"] for row in chosen if row["bleu"] is not None]
+            cells.append(spread([row["valid_ppl"] for row in chosen]) + (f" ({spread(bleu)})" if bleu else ""))
+        table.append([NAMES[method], *cells])
+    return markdown(table)
+
+
 def cell(runs: list[dict[str, Any]]) -> str:
     rate, is_edge = best_rate(runs)
     chosen = [row for row in runs if row["lr"] == rate]
@@ -215,20 +262,21 @@ def cell(runs: list[dict[str, Any]]) -> str:
     return "; ".join(parts)
 
 
-def readings(rows: list[dict[str, Any]], data: str) -> str:
-    """The sum of shares at the start beside the perplexity, of profiled starts in the short regime."""
-    table = [["", "encoder: attention + feed-forward", "decoder", "valid ppl, seed 1"]]
-    found = [row for row in rows if row["data"] == data and "shares" in row and row["regime"] == "short"]
-    for row in sorted(found, key=lambda row: (row["depth"], row["lr"], sum(row["shares"]["encoder"].values()))):
-        if row["seed"] == 1:
-            method, weights = split_method(row["method"])
-            sums = [
-                f"{sum(each.values()):.2f} = {each['attention']:.2f} + {each['feed-forward']:.2f}"
-                for each in row["shares"].values()
-            ]
-            label = f"{row['depth']}, {row['lr']:g}: {NAMES.get(method, method)}, {weights}' weights"
-            table.append([label, *sums, number(row["valid_ppl"])])
+def readings(rows: list[dict[str, Any]], data: str, regime: str = "short") -> str:
+    """The shares of seed 1 at the start and after training, beside the perplexity, by depth and method."""
+    table = [["", *(f"{stack}, {when}" for stack in STACKS for when in WHEN), "valid ppl"]]
+    found = [row for row in rows if row["data"] == data and "shares" in row and row["regime"] == regime]
+    for row in sorted(
+        found, key=lambda row: (layers(row["depth"]), row["lr"], row["shares"]["start"]["encoder"]["input"])
+    ):
+        cells = [share(row["shares"][when][stack]) for stack in STACKS for when in WHEN]
+        name = f"{row['depth']}, {row['lr']:g}: {label(row['method'])}"
+        table.append([name, *cells, number(row["valid_ppl"])])
     return markdown(table)
+
+
+def share(sums: dict[str, float]) -> str:
+    return f"{sums['attention']:.2f} + {sums['feed-forward']:.2f}; {sums['input']:.2f}"
 
 
 def differences(rows: list[dict[str, Any]], data: str) -> str:
@@ -238,7 +286,7 @@ def differences(rows: list[dict[str, Any]], data: str) -> str:
         if row["data"] == data and "significance" in row:
             found = row["significance"]
             each = [significance.Difference(*difference) for difference in found["differences"]]
-            names = [" by ".join(split_method(found[key])) for key in ("method", "baseline")]
+            names = [label(found[key]) for key in ("method", "baseline")]
             table.append(
                 [
                     f"{row['regime']}, {row['depth']}: {names[0]}",
@@ -259,6 +307,7 @@ def page(args: argparse.Namespace) -> None:
     for data in sorted({row["data"] for row in rows}):
         for name in REGIMES:
             text = text.replace(f"{{{data} {name}}}", tables(rows, data, name) or "Not run yet.")
+        text = text.replace(f"{{{data} summary}}", summary(rows, data))
         text = text.replace(f"{{{data} BLEU}}", differences(rows, data))
         text = text.replace(f"{{{data} shares}}", readings(rows, data))
     environments = sorted({row["environment"] for row in rows if "environment" in row})

@@ -35,7 +35,7 @@ REFERENCES = [
     ["what", "the authors' figure"],
     ["Post-LN 6-6 at initialisation, diagonal of beta", "about 0.55"],
     ["Pre-LN 6-6 at initialisation, diagonal of beta", "at most 0.40 to 0.45, falling with depth"],
-    ["Admin 18-18", "looks like Pre-LN at initialisation, and exceeds it after training"],
+    ["Admin 18-18, by the paper's rule", "looks like Pre-LN at initialisation, and exceeds it after training"],
 ]
 SHARE = "Share of each sub-layer's own branch, Var[f]/Var[x + f], by layer and kind of sub-layer."
 PALETTE = "viridis"  # even in lightness: it reads the same in grey and for colour-blind readers

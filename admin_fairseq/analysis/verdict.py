@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any, Dict
 
 from admin_fairseq.analysis.subject import AFTER, BEFORE
+from admin_fairseq.omega import MARGIN
 
 SHARES, GRADIENT = 5.0, 0.05
 LOW_OMEGA, DEEP = 2.0, 24  # a profiled start whose first quarter of omegas is lower, in a stack of so many sub-layers
@@ -22,8 +23,8 @@ THRESHOLDS = (
     f" up to more than {SHARES:g}: by the paper's Theorem 2 their sum says how far a change of the weights moves the"
     " output, and of Post-LN models on Multi30k (width 64) one with 3.8, at 6-6, trained, and one with 8.4, at"
     f" 12-12, did not. Or the gradient of a sub-layer's output is below {GRADIENT:g} of the largest: Post-LN's falls"
-    " to 0.03 at 18-18, Pre-LN's and Admin's to 0.24. These are rules of thumb from small models: they say what to"
-    " try first, not how a training ends."
+    " to 0.03 at 18-18, Pre-LN's and Admin's, by the paper's rule, to 0.24. These are rules of thumb from small"
+    " models: they say what to try first, not how a training ends."
 )
 Data = Dict[str, Dict[str, Any]]  # by analysis, its JSON file
 
@@ -96,7 +97,7 @@ def _advice(good: list[str], bad: dict[str, list[str]]) -> str:
 
 
 def _omega(data: Data) -> list[str]:
-    """Advice on profiled starts that are lower than those that learned fast here."""
+    """Advice on starts that are lower than those that learned fast here."""
     slow = []
     for record in data.get("omega", {}).get("records", []):
         starts = {stack: values["mean"] for stack, values in record.items() if isinstance(values, dict)}
@@ -105,7 +106,7 @@ def _omega(data: Data) -> list[str]:
         if record["update"] == 0 and low:
             slow.append(f"{record['label']}, whose first quarter of omega has a mean of {_and(low)}")
     return [
-        f"For trainings of some thousand updates start {name}, from --admin-init logn, or higher by --admin-margin 16:"
+        f"For trainings of some thousand updates start {name}, with a larger --admin-margin (default {MARGIN:g}):"
         f" starts below {LOW_OMEGA:g} learned slowly in ours."
         for name in slow
     ]

@@ -194,7 +194,7 @@ def _build(kept: dict[str, Any], weights: dict[str, Tensor], problems: list[str]
             for number in range(len(weights.get(f"{stack}.embed_tokens.weight", ())) - len(dictionary)):
                 dictionary.add_symbol(str(number))
             dictionaries.append(dictionary)
-        argv = ["", "--arch", "transformer_admin", "--task", "translation"]  # no folder of data
+        argv = ["", "--arch", "transformer_admin", "--admin-margin", "1", "--task", "translation"]  # no folder of data
         parser = fairseq_options.get_training_parser()
         args = fairseq_options.parse_args_and_arch(parser, argv, modify_parser=lambda p: p.set_defaults(**kept))
         with warnings.catch_warnings():

@@ -19,7 +19,7 @@ setting SAVE_UPDATES 2000 "updates between two checkpoints within an epoch" whol
 setting EXTRA "" "more options of fairseq-train; they win" words
 setting DRY_RUN "" "1: print the command and stop" switch
 
-# hyper_parameters LR WARMUP DROPOUT WEIGHT_DECAY BATCH MAX_TOKENS EPOCHS INIT_WEIGHTS: the recipe's defaults
+# hyper_parameters LR WARMUP DROPOUT WEIGHT_DECAY BATCH MAX_TOKENS EPOCHS INIT_WEIGHTS MARGIN: the recipe's defaults
 hyper_parameters() {
     setting LR "$1" "peak learning rate" decimal
     setting WARMUP "$2" "updates of linear warmup from 1e-7" whole 0
@@ -29,6 +29,7 @@ hyper_parameters() {
     setting MAX_TOKENS "$6" "at most so many of them on a GPU at once" whole 1
     setting EPOCHS "$7" "epochs" whole 1
     setting INIT_WEIGHTS "$8" "how weights start: as fairseq's, or as the authors' fairseq 0.8" choice fairseq authors
+    setting MARGIN "$9" "the margin K of Admin's pre-pass; the paper's is 1" decimal
 }
 
 # architecture ARCH: options for METHOD and DEPTH on top of fairseq's architecture transformer_ARCH
@@ -41,6 +42,11 @@ architecture() {
     esac
     COMMAND+=(--arch "transformer_$METHOD$name"
         --encoder-layers "$encoder" --decoder-layers "$decoder" --init-weights "$INIT_WEIGHTS")
+    case $METHOD in
+        admin | admin_fixed | admin_scalar)
+            [[ $EXTRA =~ --admin-(init[=\ ]+[^p]|profile[=\ ]) ]] || COMMAND+=(--admin-margin "$MARGIN")  # or as EXTRA says
+            ;;
+    esac
 }
 
 # the global batch BATCH in tokens, as updates of FREQUENCY batches of TOKENS on each of the workers

@@ -25,14 +25,10 @@ import grammar
 import report
 
 ROOT = Path(__file__).resolve().parents[2]
-PRE_LN = ("--encoder-normalize-before", "--decoder-normalize-before")
-METHODS = {
-    "Post-LN": ("--arch", "transformer"),
-    "Pre-LN": ("--arch", "transformer", *PRE_LN),
-    "Admin": ("--arch", "transformer_admin"),
-}
+METHODS = {"Post-LN": "transformer_postln", "Pre-LN": "transformer_preln", "Admin": "transformer_admin"}
 MODEL = (
     *("--encoder-embed-dim", 64, "--encoder-ffn-embed-dim", 128, "--share-all-embeddings", "--dropout", 0),
+    *("--init-weights", "authors"),  # Admin's default, for all three
     *("--encoder-attention-heads", 4, "--decoder-attention-heads", 4),
 )
 TRAINING = (
@@ -106,7 +102,7 @@ def run_method(method: str, args: argparse.Namespace, board: Board) -> dict[str,
     """Train, translate and score; loss is per update in nats, label smoothing left out."""
     folder = args.out / "runs" / method.lower()
     command = (
-        *("fairseq-train", args.out / "data/bin", "--user-dir", ROOT / "admin_fairseq", *METHODS[method]),
+        *("fairseq-train", args.out / "data/bin", "--user-dir", ROOT / "admin_fairseq", "--arch", METHODS[method]),
         *("--encoder-layers", args.layers, "--decoder-layers", args.layers, *MODEL, *TRAINING),
         *("--max-update", args.updates, "--seed", args.seed, "--log-interval", max(args.updates // 50, 1)),
         *("--save-dir", folder),

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 . "$(dirname "$0")/../common/train.sh"
 
-hyper_parameters 7e-4 6000 0.3 1e-4 4096 4096 90 authors
+hyper_parameters 7e-4 6000 0.3 1e-4 4096 4096 90 authors 1
 setting RDROP 0 "R-Drop's alpha, 5 in its paper; 0 trains without" decimal
 
 options=()

@@ -42,7 +42,7 @@ def assert_trained_from_the_profile(cfg, save_dir):
             omegas = [w for name, w in model.items() if name.startswith(stack) and name.endswith(".omega")]
             assert len(omegas) == len(profile[stack])
             for start, omega in zip(profile[stack], omegas):
-                assert omega.float().mean().item() == pytest.approx(start, abs=0.01)
+                assert omega.float().mean().item() == pytest.approx(start, abs=0.01, rel=2**-8)  # bf16 has 8 bits
         assert all(later != 1 for later in profile[stack][1:])
     model, _ = checkpoint_utils.load_model_ensemble([str(save_dir / "checkpoint_last.pt")])
     assert model[0].omega_source == "the checkpoint"

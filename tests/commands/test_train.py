@@ -83,14 +83,16 @@ def test_resume_is_bit_identical_and_does_not_profile(trained, data, tmp_path):
 
 
 def test_several_profile_batches(data, tmp_path):
-    """Under a margin, which the profile keeps and its later use may change."""
+    """Under a margin, which the profile keeps and its later use may change; other weights get a warning."""
     result = train(data, tmp_path, "--admin-profile-batches", "3", "--admin-margin", "4", updates=3)
     assert result.code == 0, result.output
     assert "margin 4, encoder omega 1.000 to" in result.lines("Admin: profiled")[0]
     profile = profile_in(tmp_path)
     assert (profile["batches"], profile["tokens"]["decoder"], profile["margin"]) == (3, sum(result.words()), 4)
-    other = ["--admin-profile", tmp_path / "admin_profile.json", "--admin-margin", "2"]
-    (line,) = train(data, tmp_path / "other", *other, updates=1).lines("no profiling, omega from")
+    other = ["--admin-profile", tmp_path / "admin_profile.json", "--admin-margin", "2", "--init-weights", "fairseq"]
+    result = train(data, tmp_path / "other", *other, updates=1)
+    (line,) = result.lines("no profiling, omega from")
+    assert result.lines("was profiled with --init-weights authors, and this model starts otherwise")
     last = (1 + 2 * sum(profile["branch_variance"]["encoder"][:-1])) ** 0.5
     assert float(line.split("encoder omega 1.000 to ")[1].split(",")[0]) == pytest.approx(last, rel=0.1)
     assert "(margin 2)" in line

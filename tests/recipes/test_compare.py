@@ -384,6 +384,9 @@ def test_only_whole_translations_are_tested(first: Any, data: Path, tmp_path: Pa
     runs = [compare.Run(method, "1-1", 5e-3, 20, 1) for method in ("postln", "admin")]
     results = {run: json.loads((out / run.name / "result.json").read_text(encoding="utf-8")) for run in runs}
     assert [row["method"] for row in compare.tests(results, args)] == ["admin"]
+    deeper = {compare.Run("admin", "2-2", 5e-3, 20, 1): result()}  # not translated
+    args.depths += ["2-2"]
+    assert [row["method"] for row in compare.tests({**results, **deeper}, args)] == ["admin"]
     log = out / runs[1].name / "generate.log"
     whole = log.read_text(encoding="utf-8")
     log.write_text(whole[: whole.index("H-") + 40], encoding="utf-8")

@@ -333,7 +333,11 @@ def test_help_and_bad_arguments(recipe, name, tmp_path):
         (
             "wmt14_en_de",
             {"GPUS": "4"},
-            ["--max-tokens 8192 --update-freq 1", "--distributed-world-size 4", "--init-weights authors"],
+            [
+                "--max-tokens 8192 --update-freq 1",
+                "--distributed-world-size 4",
+                "--init-weights authors --admin-margin 1 ",
+            ],
         ),
         ("wmt14_en_de", {"GPUS": "3"}, ["--max-tokens 5461 --update-freq 2"]),
         ("wmt14_en_de", {"GPUS": "1"}, ["--max-tokens 8192 --update-freq 4", "--fp16"]),
@@ -352,8 +356,11 @@ def test_help_and_bad_arguments(recipe, name, tmp_path):
         (
             "multi30k_de_en",
             {"GPUS": "0", "METHOD": "preln"},
-            ["--arch transformer_preln ", "--cpu", "--init-weights fairseq"],
+            ["--arch transformer_preln ", "--cpu", "--init-weights authors --dropout"],
         ),
+        ("multi30k_de_en", {"GPUS": "0"}, ["--init-weights authors --admin-margin 16 "]),
+        ("multi30k_de_en", {"GPUS": "0", "EXTRA": "--admin-init logn"}, ["--init-weights authors --dropout"]),
+        ("iwslt14_de_en", {"GPUS": "1", "EXTRA": "--admin-profile-batches 4"}, ["--admin-margin 1 "]),
         (
             "iwslt14_de_en",
             {"GPUS": "1", "SCHEDULE": "linear", "UPDATES": "100000", "WARMUP": "1"},

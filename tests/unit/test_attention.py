@@ -322,8 +322,8 @@ def test_translations_are_stocks(build, batch):
     sample = batch(5)
     for prepared_for, print_alignment in ((None, None), ("hard", "hard"), (None, "hard"), (None, "soft")):
         found = []
-        for arch in ("transformer", "transformer_admin"):
-            model, task, _ = build(arch)
+        for arch in (["transformer"], ["transformer_admin", "--init-weights", "fairseq"]):
+            model, task, _ = build(*arch)
             found.append(translate([prepared(model, prepared_for)], task, sample, print_alignment=print_alignment))
         assert len(found[0]) == len(found[1]) == 3 * 5
         for stock, ours in zip(*found):

@@ -153,6 +153,21 @@ def test_the_authors_weights(method, kind, any_model):
             assert torch.equal(weight, stock[name]), name
 
 
+@pytest.mark.parametrize("kind", ["transformer", "transformer_lm"])
+def test_the_recommended_start_is_the_default(kind, any_model):
+    """Of Admin with a pre-pass; a closed form and other methods keep fairseq's weights, whose biases are not 0."""
+
+    def has_biases(method, *options):
+        model = any_model(method, kind, *options)[0]
+        return model.decoder.layers[0].fc1.bias.any().item()
+
+    model, *_ = any_model("admin", kind)
+    assert model.margin == 16
+    assert [has_biases(method) for method in ("admin", "admin_fixed", "admin_logn", "preln")] == [0, 0, 1, 1]
+    assert has_biases("admin", "--admin-init", "unit") and has_biases("admin", "--init-weights", "fairseq")
+    assert not has_biases("admin_logn", "--init-weights", "authors")
+
+
 @pytest.mark.parametrize("method", ["b2t", "looklinear", "dsinit"])
 def test_methods_start_from_the_weights_asked_for(method, any_model):
     """B2T and DS-Init scale, by L^(-1/2) and l^(-1/2), and LookLinear mirrors what the authors' fairseq would draw."""
