@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
+KERNELS := tests/unit/test_kernels.py::test_values_in_the_interpreter
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # with a GPU; the pinned torch is for CPUs, so say which Python has one: make gpu-report PYTHON=...
@@ -32,10 +33,10 @@ lint: $(READY)
 	$(BIN)/pylint admin_fairseq benchmarks examples tests  # repeated lines
 
 test: lint
-	$(PYTEST) tests/unit tests/commands
+	$(PYTEST) tests/unit tests/commands --deselect $(KERNELS)
 
 test-recipes: $(READY)
-	$(PYTEST) tests/recipes
+	$(PYTEST) tests/recipes $(KERNELS)
 
 test-robustness: $(READY)
 	$(PYTEST) tests/robustness
