@@ -70,8 +70,10 @@ def draw(results: dict[str, Any], unigram: float, layers: int, path: Path) -> No
             [weight for name, weight in weights.items() if name.startswith(stack) and name.endswith(".omega")]
         )
         depth = range(1, len(trained) + 1)
+        after = f"{stack}, after training (mean, std)"
+        omega_axis.plot(depth, trained.mean(1), color=colour, linewidth=5, alpha=0.4, label=after)
+        # on top: in so few updates omega may hardly move
         omega_axis.plot(depth, profile[stack], "--", color=colour, label=f"{stack}, from the pre-pass")
-        omega_axis.plot(depth, trained.mean(1), color=colour, label=f"{stack}, after training (mean, std)")
         low, high = trained.mean(1) - trained.std(1), trained.mean(1) + trained.std(1)
         omega_axis.fill_between(depth, low, high, color=colour, alpha=0.2, linewidth=0)
     omega_axis.set(title="Admin's omega by depth", xlabel="sub-layer of the stack", ylabel="omega")
