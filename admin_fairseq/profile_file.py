@@ -141,6 +141,8 @@ def read_profile(path: str, encoder_sub_layers: int | None = None, decoder_sub_l
             profile = Profile(encoder, decoder, margin=float(content.get("margin", 1.0)))
             if not 0 < profile.margin < math.inf:
                 raise ValueError(f"margin {profile.margin} is not positive")
+            if isinstance(content.get("settings"), dict):
+                profile.settings = content["settings"]
             for kind in ("branch_variance", "shortcut_variance"):
                 for name, variances in content.get(kind, {}).items():
                     if len(variances) == len(content[name]):

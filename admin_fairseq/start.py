@@ -27,6 +27,7 @@ from admin_fairseq.model import AdminModel
 from admin_fairseq.omega import sub_layers
 from admin_fairseq.profile_file import Profile, read_profile
 from admin_fairseq.profiling import Sample, profile
+from admin_fairseq.weights import STARTS
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,8 @@ def start_omega(trainer: Trainer) -> None:
 def _read(file: str, model: AdminModel) -> Profile:
     depth = {name: len(sub_layers(stack)) for name, stack in model.stacks().items()}
     profile = read_profile(file, depth.get("encoder", 0), depth["decoder"])
-    weights = profile.settings.get("init_weights", model.init_weights)
-    if weights != model.init_weights:
+    weights = profile.settings.get("init_weights")
+    if weights in [*STARTS] and weights != model.init_weights:
         logger.warning(f"{file} was profiled with --init-weights {weights}, and this model starts otherwise: add that")
     return profile if model.admin_margin is None else profile.with_margin(model.admin_margin)
 

@@ -380,7 +380,8 @@ def test_the_verdict_is_computed_by_its_thresholds():
     omega = {"records": [start("admin 18-18", 1.5), start("admin_logn 18-18", 3.0), start("admin 6-6", 1.5, 12)]}
     advice = verdict({**data, "omega": omega})[1]
     assert (
-        "start admin 18-18, whose first quarter of omega has a mean of 1.5 in the encoder, from --admin-init" in advice
+        "start admin 18-18, whose first quarter of omega has a mean of 1.5 in the encoder, with a larger --admin-margin"
+        in advice
     )
     assert "admin_logn" not in advice and "admin 6-6" not in advice
 
