@@ -209,6 +209,8 @@ def check_finite(state: dict[str, Any]) -> None:
     parts = [state["model"], *(extra[name] for name in ("ema", "ema_fp32_params") if name in extra)]
     for part in parts:
         for name, weight in part.items():
+            if name.endswith("_float_tensor"):  # fairseq's mark of a dtype, in memory that nobody has written
+                continue
             if weight.is_floating_point() and not torch.isfinite(weight).all():
                 update = (state.get("optimizer_history") or [{}])[-1].get("num_updates")
                 after = f" after update {update}" if update else ""

@@ -15,6 +15,7 @@ from fairseq.models.transformer import TransformerConfig
 from omegaconf import OmegaConf
 
 from admin_fairseq import AdminError, sub_layers
+from admin_fairseq.checkpoints import authors, checks
 from admin_fairseq.checkpoints.files import settings
 from admin_fairseq.checkpoints.fold import PADDING, fold, unfold
 from admin_fairseq.checkpoints.verify import compare, load_model
@@ -371,3 +372,16 @@ def test_verify_of_a_model_that_computes_no_numbers(build, data):
     state["model"]["decoder.output_projection.weight"] *= 1e35
     with pytest.raises(AdminError, match="logits on DATA are not finite"):
         compare(state, fold(state), str(data), sentences=4)
+
+
+def test_memory_that_fairseq_never_writes_may_hold_anything():
+    """Its ``_float_tensor``, which only has a dtype: neither finite nor equal to itself."""
+    nan = torch.tensor([float("nan")])
+    model = torch.nn.Module()
+    model.register_buffer("_float_tensor", nan)
+    problems: list = []
+    assert authors._fit({}, model, False, problems).keys() == {"_float_tensor"}
+    assert problems == []
+    checks.check_finite({"model": {"encoder.embed_positions._float_tensor": nan}})
+    with pytest.raises(AdminError, match="its weight w holds"):
+        checks.check_finite({"model": {"w": nan}})
