@@ -196,7 +196,7 @@ def split_method(method: str) -> tuple[str, str]:
     return " ".join([base, *options]), weights
 
 
-def label(method: str) -> str:
+def in_words(method: str) -> str:
     name, weights = split_method(method)
     return f"{NAMES.get(name, name)}, {WEIGHTS[weights]} weights"
 
@@ -213,22 +213,21 @@ def best_rate(rows: list[dict[str, Any]]) -> tuple[float, bool]:
     return best, best in (min(rates), max(rates))
 
 
-def tables(rows: list[dict[str, Any]], data: str, regime: str) -> str:
-    """By weights' start a table: methods by depth, validation perplexity at each one's best rate, BLEU."""
+def runs_by_depth(rows: list[dict[str, Any]], data: str, regime: str) -> dict[str, list[dict[str, Any]]]:
     runs = [row for row in rows if row["data"] == data and row["regime"] == regime and "method" in row]
     depths = sorted({row["depth"] for row in runs}, key=layers)
-    text = []
+    return {depth: [row for row in runs if row["depth"] == depth] for depth in depths}
+
+
+def tables(rows: list[dict[str, Any]], data: str, regime: str) -> str:
+    """By weights' start a table: methods by depth, validation perplexity at each one's best rate, BLEU."""
+    runs, text = runs_by_depth(rows, data, regime), []
     for weights, title in WEIGHTS.items():
-        table = [["weights: " + title, *depths]]
+        table = [["weights: " + title, *runs]]
         for method, label in NAMES.items():
-            cells = []
-            for depth in depths:
-                own = [
-                    row for row in runs if row["depth"] == depth and split_method(row["method"]) == (method, weights)
-                ]
-                cells.append(cell(own) if own else "")
-            if any(cells):
-                table.append([label, *cells])
+            own = [[row for row in each if split_method(row["method"]) == (method, weights)] for each in runs.values()]
+            if any(own):
+                table.append([label, *(cell(each) if each else "" for each in own)])
         if len(table) > 1:
             text.append(markdown(table))
     return "\n\n".join(text)
@@ -236,28 +235,34 @@ def tables(rows: list[dict[str, Any]], data: str, regime: str) -> str:
 
 def summary(rows: list[dict[str, Any]], data: str) -> str:
     """The short regime's Pre-LN and recommended start, as README has them."""
-    runs = [row for row in rows if row["data"] == data and row["regime"] == "short" and "method" in row]
-    depths = sorted({row["depth"] for row in runs}, key=layers)
-    table = [["", *depths]]
+    runs = runs_by_depth(rows, data, "short")
+    table = [["", *runs]]
     for method in BOTH.split(","):
-        cells = []
-        for depth in depths:
-            own = [row for row in runs if (row["method"], row["depth"]) == (with_weights(method, "authors"), depth)]
-            chosen = [row for row in own if row["lr"] == best_rate(own)[0]]
-            bleu = [row["bleu"] for row in chosen if row["bleu"] is not None]
-            cells.append(spread([row["valid_ppl"] for row in chosen]) + (f" ({spread(bleu)})" if bleu else ""))
-        table.append([NAMES[method], *cells])
+        own = [[row for row in each if row["method"] == with_weights(method, "authors")] for each in runs.values()]
+        table.append([NAMES[method], *(short_cell(each) if each else "" for each in own)])
     return markdown(table)
+
+
+def at_best_rate(runs: list[dict[str, Any]]) -> tuple[str, str]:
+    """Validation perplexity and, where there is one, BLEU."""
+    rate, _ = best_rate(runs)
+    chosen = [row for row in runs if row["lr"] == rate]
+    bleu = [row["bleu"] for row in chosen if row["bleu"] is not None]
+    return spread([row["valid_ppl"] for row in chosen]), spread(bleu) if bleu else ""
+
+
+def short_cell(runs: list[dict[str, Any]]) -> str:
+    perplexity, bleu = at_best_rate(runs)
+    return f"{perplexity} ({bleu})" if bleu else perplexity
 
 
 def cell(runs: list[dict[str, Any]]) -> str:
     rate, is_edge = best_rate(runs)
-    chosen = [row for row in runs if row["lr"] == rate]
-    others = sorted({row["lr"] for row in runs} - {rate})
-    bleu = [row["bleu"] for row in chosen if row["bleu"] is not None]
-    parts = [f"**{spread([row['valid_ppl'] for row in chosen])}** at {rate:g}{' (edge)' if is_edge and others else ''}"]
-    parts += [f"{len(chosen)} seeds" if len(chosen) > 1 else "1 seed"]
-    parts += [f"BLEU {spread(bleu)}"] if bleu else []
+    perplexity, bleu = at_best_rate(runs)
+    count, others = sum(row["lr"] == rate for row in runs), sorted({row["lr"] for row in runs} - {rate})
+    parts = [f"**{perplexity}** at {rate:g}{' (edge)' if is_edge and others else ''}"]
+    parts += [f"{count} seeds" if count > 1 else "1 seed"]
+    parts += [f"BLEU {bleu}"] if bleu else []
     parts += [f"{number(mean_valid([row for row in runs if row['lr'] == lr]))} at {lr:g}" for lr in others]
     return "; ".join(parts)
 
@@ -270,7 +275,7 @@ def readings(rows: list[dict[str, Any]], data: str, regime: str = "short") -> st
         found, key=lambda row: (layers(row["depth"]), row["lr"], row["shares"]["start"]["encoder"]["input"])
     ):
         cells = [share(row["shares"][when][stack]) for stack in STACKS for when in WHEN]
-        name = f"{row['depth']}, {row['lr']:g}: {label(row['method'])}"
+        name = f"{row['depth']}, {row['lr']:g}: {in_words(row['method'])}"
         table.append([name, *cells, number(row["valid_ppl"])])
     return markdown(table)
 
@@ -286,7 +291,7 @@ def differences(rows: list[dict[str, Any]], data: str) -> str:
         if row["data"] == data and "significance" in row:
             found = row["significance"]
             each = [significance.Difference(*difference) for difference in found["differences"]]
-            names = [label(found[key]) for key in ("method", "baseline")]
+            names = [in_words(found[key]) for key in ("method", "baseline")]
             table.append(
                 [
                     f"{row['regime']}, {row['depth']}: {names[0]}",
