@@ -7,6 +7,7 @@ workers as there are GPUs), and writes every worker's omegas, as they are before
 import os
 
 import torch
+from fairseq.distributed import utils as distributed_utils
 from fairseq.models import distributed_fairseq_model
 from fairseq.trainer import Trainer
 from fairseq_cli.train import cli_main
@@ -19,6 +20,7 @@ class CpuDistributedDataParallel(DistributedDataParallel):
 
 
 train_step = Trainer.train_step
+distributed_main = distributed_utils.distributed_main
 
 
 def recording_train_step(trainer, *args, **kwargs):
@@ -29,14 +31,19 @@ def recording_train_step(trainer, *args, **kwargs):
     return train_step(trainer, *args, **kwargs)
 
 
+def distributed_main_that_leaves(*args):
+    """fairseq leaves gloo's threads running when a worker ends; on a busy machine that can abort it."""
+    distributed_main(*args)
+    torch.distributed.destroy_process_group()
+
+
 # at the top level: spawned workers import this file too
 distributed_fairseq_model.DistributedDataParallel = CpuDistributedDataParallel
 if not torch.cuda.is_available():
     torch.cuda.device_count = lambda: 2
     torch.cuda.set_device = lambda device: None
 Trainer.train_step = recording_train_step
+distributed_utils.distributed_main = distributed_main_that_leaves
 
 if __name__ == "__main__":
     cli_main()
-    if torch.distributed.is_initialized():  # fairseq leaves gloo's threads running; on a busy machine that can abort
-        torch.distributed.destroy_process_group()
