@@ -71,7 +71,7 @@ def _wrap(kind: Any, name: str, function: Callable[..., Any]) -> None:
 def _load_as_data(load_checkpoint_to_cpu: Callable[..., Any], path: str, *args: Any, **options: Any) -> Any:
     """fairseq's loading, with a checkpoint's settings checked before it evaluates any; with any torch, as data."""
     torch_load = torch.load
-    torch.load = lambda file, **_: read(file, torch_load, forgets=True)
+    torch.load = lambda file, **_: read(file, forgets=True)
     try:
         return load_checkpoint_to_cpu(path, *args, **options)
     except AdminError as error:

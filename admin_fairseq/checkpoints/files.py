@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import re
-from typing import IO, Any, Callable, Dict, Iterator
+from typing import IO, Any, Dict, Iterator
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -17,7 +17,6 @@ from admin_fairseq.errors import AdminError
 from admin_fairseq.files import writing
 
 State = Dict[str, Any]  # of a checkpoint
-SHARED = 64  # names for the same numbers: embeddings of many languages
 
 
 def load(path: str, finite: bool = False, checked: bool = True) -> State:
@@ -71,24 +70,21 @@ def building(what: str) -> Iterator[None]:
         raise AdminError(f"no {what} can be built from its settings ({reason})") from error
 
 
-def read(file: IO[bytes], torch_load: Callable[..., Any] = torch.load, forgets: bool = False) -> State:
+def read(file: IO[bytes], forgets: bool = False) -> State:
     """The same of an open file; fairseq's own commands get theirs by it.
 
     Args:
-        torch_load: torch's own, where ours stands in its place.
         forgets: as in :func:`admin_fairseq.checkpoints.guard.checked`.
 
     Raises:
         AdminError: as above.
     """
     try:
-        state = unpickling.read(file, torch_load)
+        state = unpickling.read(file)
         if not isinstance(state["model"], dict):
             raise TypeError("its weights are not a dictionary")
         if not all(isinstance(name, str) for name in state["model"]):
             raise TypeError("a weight's name is not text")
-        if sum(_bytes(weight) for weight in state["model"].values()) > SHARED * os.fstat(file.fileno()).st_size:
-            raise ValueError("its weights are many times as large as the file")
     except Exception as error:  # bytes that are no checkpoint end in any of a dozen errors
         refused = re.search(r"(?i)unsupported (?:global: GLOBAL|global|class) (\S+)", str(error))
         if refused:
@@ -107,10 +103,6 @@ def read(file: IO[bytes], torch_load: Callable[..., Any] = torch.load, forgets: 
         if forgets:
             _check_sizes(state)
     return state
-
-
-def _bytes(weight: Any) -> int:
-    return weight.numel() * weight.element_size() if isinstance(weight, torch.Tensor) else 0
 
 
 def _check_sizes(state: State) -> None:

@@ -1,23 +1,22 @@
-"""Checkpoint files read as data: tensors and plain values, with whatever torch.
+"""Checkpoint files read as data: tensors and plain values, without torch.load.
 
 Pickle is a program that calls what it names. Here it can name nothing but what fairseq's checkpoints hold, and each of
-these names stands for something that takes data only: numpy's own constructors turn bytes of a file into pointers,
-omegaconf's containers resolve ``${oc.env:HOME}``, torch's tensors may claim more memory than the file has bytes.
+these names stands for something that takes data only: numpy's own constructors turn bytes of a file into pointers, and
+omegaconf's containers resolve ``${oc.env:HOME}``. Tensors are made here from bytes that the file has, since torch finds
+an archive's table of contents in another place than Python does, and reads past the end of what it finds.
 """
 
 from __future__ import annotations
 
 import _compat_pickle
 import argparse
-import contextlib
 import math
 import os
 import pickle
-import re
 import tarfile
 import zipfile
 from collections import OrderedDict, defaultdict
-from typing import IO, Any, Callable, ClassVar, Iterator
+from typing import IO, Any, Callable, ClassVar, Iterable
 
 import numpy as np
 import torch
@@ -120,19 +119,60 @@ def plain(value: Any) -> Any:
 
 def _encode(text: str, encoding: str = "utf-8") -> bytes:
     """How protocol 2 writes bytes."""
+    if type(text) is not str:
+        raise pickle.UnpicklingError("it encodes what is no text")
     return text.encode(encoding)
+
+
+def _key(key: Any) -> Any:
+    """A name in a dictionary: of a kind whose hash is quick."""
+    for each in key if type(key) is tuple else (key,):
+        if each is not None and type(each) not in (str, int, bool, float, bytes):
+            raise pickle.UnpicklingError("a dictionary has a name that is no text or number")
+    return key
+
+
+def _ordered(pairs: Any = ()) -> OrderedDict[Any, Any]:
+    if type(pairs) not in (tuple, list) or not all(type(pair) in (tuple, list) and len(pair) == 2 for pair in pairs):
+        raise pickle.UnpicklingError("it makes a dictionary of what holds no pairs")
+    return OrderedDict((_key(key), value) for key, value in pairs)
+
+
+class _Numbers:
+    """One of torch's types of storage, by what its elements are."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+
+class _Storage:
+    """A storage in the file."""
+
+    def __init__(self, kind: _Numbers, count: int) -> None:
+        self.tensor = torch.empty(count, dtype=kind.dtype)
+
+    def fill(self, file: IO[bytes]) -> None:
+        rest = memoryview(self.tensor.view(torch.uint8).numpy()) if len(self.tensor) else memoryview(b"")
+        while rest:
+            count = file.readinto(rest[: 2**24])  # type: ignore[attr-defined]
+            if not count:
+                raise pickle.UnpicklingError("the file ends before its tensors do")
+            rest = rest[count:]
 
 
 def _tensor(storage: Any, offset: int, size: Any, stride: Any, requires_grad: bool = False, *_: Any) -> torch.Tensor:
     """torch's ``_rebuild_tensor_v2`` within the bytes that the file has for it."""
+    if type(storage) is not _Storage or type(size) is not tuple or type(stride) is not tuple:
+        raise pickle.UnpicklingError("a tensor is not made of a storage, a shape and strides")
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or not all(type(number) is int and number >= 0 for number in numbers):
         raise pickle.UnpicklingError("a tensor's shape is not made of numbers")
-    available = getattr(storage, "_size", storage.size)()  # torch 2's, which does not warn
+    available = len(storage.tensor)
     last = offset + sum((length - 1) * step for length, step in zip(size, stride)) if all(size) else -1
     if last >= available or math.prod(size) > available:
-        raise pickle.UnpicklingError(f"a tensor of shape {tuple(size)} has only {available} numbers in the file")
-    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, bool(requires_grad), OrderedDict())
+        raise pickle.UnpicklingError(f"a tensor of shape {size} has only {available} numbers in the file")
+    tensor = storage.tensor.as_strided(size, stride, offset).data  # of its own, not a view
+    return tensor.requires_grad_(requires_grad is True and tensor.is_floating_point())
 
 
 def _nothing(*_: Any) -> None:
@@ -141,7 +181,7 @@ def _nothing(*_: Any) -> None:
 
 _CALLED: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _encode,
-    "collections.OrderedDict": OrderedDict,
+    "collections.OrderedDict": _ordered,
     "collections.defaultdict": lambda *_: {},
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
@@ -151,13 +191,25 @@ _MADE: dict[str, Any] = {
     **{name: kind for name, kind in SAFE_GLOBALS.items() if not name.startswith("numpy.")},
     **{name: ConfigNode for name in SENT_GLOBALS if name.startswith("omegaconf.")},
 }
+_KINDS = {
+    **{"Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16},
+    **{"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8},
+    **{"Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128},
+}
 _MENTIONED = {
     "numpy.ndarray": PlainArray,
+    **{f"torch.{kind}Storage": _Numbers(dtype) for kind, dtype in _KINDS.items()},
+    **{str(dtype): dtype for dtype in _KINDS.values()},
     **dict.fromkeys(SENT_GLOBALS.keys() - _MADE.keys() - _CALLED.keys(), _nothing),
 }
 _FOUND = {**_MENTIONED, **_MADE, **_CALLED}
 _CALLABLE, _NEW = (tuple(dict.fromkeys(table.values())) for table in (_CALLED, _MADE))
-_REFUSED = (pickle.INST, pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEWOBJ_EX, pickle.BYTEARRAY8)
+_REFUSED = (pickle.INST, pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEWOBJ_EX, pickle.PERSID)
+_REFUSED += (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)
+_REFUSED += (pickle.INT, pickle.LONG)  # in digits, which torch never wrote
+_VALUES = (type(None), bool, int, float, str, bytes, np.generic, torch.dtype)
+_LISTS, _OBJECTS = (list, tuple, set, frozenset), tuple(dict.fromkeys(_MADE.values()))
+BITS, DEEPEST, SHARED = 128, 50, 64  # of an integer; levels; names for the same numbers: embeddings of many languages
 
 
 def _is_among(value: Any, allowed: tuple[Any, ...]) -> bool:
@@ -167,121 +219,235 @@ def _is_among(value: Any, allowed: tuple[Any, ...]) -> bool:
 _PythonUnpickler: Any = pickle._Unpickler
 
 
-class SafePickle:
-    """What torch.load needs of the module ``pickle``; see the head of this file.
+class Unpickler(_PythonUnpickler):
+    """Of data alone; see the head of this file.
 
     It is Python's own unpickler in Python: the one in C takes as much memory as an index in the file says.
+
+    Args:
+        storage: the file's storage of a kind and a key, with so many elements.
     """
 
-    UnpicklingError = pickle.UnpicklingError
+    dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
 
-    class Unpickler(_PythonUnpickler):
-        dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
-        sizes: dict[str, int] | None = None  # of the file's storages
-        largest = 0  # of a file that has no table of them
+    def __init__(self, file: IO[bytes], storage: Callable[[_Numbers, str, int], _Storage] | None = None) -> None:
+        super().__init__(file, encoding="utf-8")
+        self.storage = storage
 
-        def find_class(self, module: str, name: str) -> Any:
-            module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))  # as protocol 2 writes them
-            module = _compat_pickle.IMPORT_MAPPING.get(module, module)
-            if f"{module}.{name}" in _FOUND:
-                return _FOUND[f"{module}.{name}"]
-            is_storage = module == "torch" and re.fullmatch(r"\w+Storage", name)
-            is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-            if is_storage or is_dtype:
-                return getattr(torch, name)
-            raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {module}.{name}")
+    def find_class(self, module: str, name: str) -> Any:
+        module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))  # as protocol 2 writes them
+        module = _compat_pickle.IMPORT_MAPPING.get(module, module)
+        if f"{module}.{name}" in _FOUND:
+            return _FOUND[f"{module}.{name}"]
+        raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {module}.{name}")
 
-        def load_reduce(self) -> None:
-            if not _is_among(self.stack[-2], _CALLABLE):
-                raise pickle.UnpicklingError("it calls what only holds data")
-            super().load_reduce()
+    def persistent_load(self, pid: Any) -> _Storage:
+        if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] not in ("storage", b"storage"):
+            raise pickle.UnpicklingError("it names what is no storage")
+        kind, key, count = pid[1], pid[2], pid[4]
+        if self.storage is None or type(kind) is not _Numbers or type(key) is not str or pid[5:] not in ((), (None,)):
+            raise pickle.UnpicklingError("it names what is no storage")
+        if type(count) is not int or count < 0:
+            raise pickle.UnpicklingError("a tensor's length is no number")
+        return self.storage(kind, key, count)
 
-        def load_newobj(self) -> None:
-            if not _is_among(self.stack[-2], _NEW) or self.stack[-1] != ():
-                raise pickle.UnpicklingError("it makes an object of what makes none")
-            super().load_newobj()
+    def load_reduce(self) -> None:
+        if not _is_among(self.stack[-2], _CALLABLE) or type(self.stack[-1]) is not tuple:
+            raise pickle.UnpicklingError("it calls what only holds data")
+        super().load_reduce()
 
-        def load_build(self) -> None:
-            kind, state = type(self.stack[-2]), self.stack[-1]
-            holds_values = kind is OrderedDict or _is_among(kind, _NEW)
-            if not ((holds_values and type(state) is dict) or kind in (PlainArray, PlainType)):
-                raise pickle.UnpicklingError("it sets the state of what has none")
-            super().load_build()
+    def load_newobj(self) -> None:
+        if not _is_among(self.stack[-2], _NEW) or self.stack[-1] != ():
+            raise pickle.UnpicklingError("it makes an object of what makes none")
+        super().load_newobj()
 
-        def load_binpersid(self) -> None:
-            pid = self.stack[-1]
-            kind, _, key, _, count = pid[:5]
-            found = self.largest if self.sizes is None else self.sizes.get(key, -1)
-            dtype = pid[1]._dtype if hasattr(pid[1], "_dtype") else getattr(pid[1], "dtype", torch.uint8)
-            size = torch.empty(0, dtype=dtype).element_size()
-            if kind not in ("storage", b"storage") or type(count) is not int or not 0 <= count * size <= found:
-                raise pickle.UnpicklingError(f"a tensor of {count} numbers is larger than its part of the file")
-            super().load_binpersid()
+    def load_build(self) -> None:
+        kind, state = type(self.stack[-2]), self.stack[-1]
+        holds_values = kind is OrderedDict or _is_among(kind, _NEW)
+        if not ((holds_values and type(state) is dict) or kind in (PlainArray, PlainType)):
+            raise pickle.UnpicklingError("it sets the state of what has none")
+        if kind is OrderedDict and any(hasattr(kind, name) for name in state):
+            raise pickle.UnpicklingError("it replaces what a dictionary does")
+        super().load_build()
 
-        def refuse(self) -> None:
-            raise pickle.UnpicklingError("it holds more than data")
+    def load_setitem(self) -> None:
+        self._check_keys(self.stack[-3], [self.stack[-2]])
+        super().load_setitem()
 
-        dispatch.update(dict.fromkeys((opcode[0] for opcode in _REFUSED), refuse))
-        for _opcode, _method in (
-            (pickle.REDUCE, load_reduce),
-            (pickle.NEWOBJ, load_newobj),
-            (pickle.BUILD, load_build),
-            (pickle.BINPERSID, load_binpersid),
-        ):
-            dispatch[_opcode[0]] = _method
+    def load_setitems(self) -> None:
+        self._check_keys(self.metastack[-1][-1], self.stack[::2])
+        super().load_setitems()
 
-    @classmethod
-    def load(cls, file: Any, **options: Any) -> Any:
-        return cls.Unpickler(file, **options).load()
+    def load_dict(self) -> None:
+        self._check_keys({}, self.stack[::2])
+        super().load_dict()
+
+    def load_additems(self) -> None:
+        self._check_keys({}, self.stack)
+        super().load_additems()
+
+    def load_frozenset(self) -> None:
+        self._check_keys({}, self.stack)
+        super().load_frozenset()
+
+    def _check_keys(self, holder: Any, keys: Iterable[Any]) -> None:
+        if type(holder) not in (dict, OrderedDict):
+            raise pickle.UnpicklingError("it puts names into what is no dictionary")
+        for key in keys:
+            _key(key)
+
+    def load_appends(self) -> None:
+        if type(self.metastack[-1][-1]) is not list:
+            raise pickle.UnpicklingError("it appends to what is no list")
+        super().load_appends()
+
+    def load_append(self) -> None:
+        if type(self.stack[-2]) is not list:
+            raise pickle.UnpicklingError("it appends to what is no list")
+        super().load_append()
+
+    def load_long1(self) -> None:
+        super().load_long1()
+        self._check_long()
+
+    def load_long4(self) -> None:
+        super().load_long4()
+        self._check_long()
+
+    def _check_long(self) -> None:
+        if self.stack[-1].bit_length() > BITS:
+            raise pickle.UnpicklingError("it holds a number of too many digits")
+
+    def refuse(self) -> None:
+        raise pickle.UnpicklingError("it holds more than data")
+
+    dispatch.update(dict.fromkeys((opcode[0] for opcode in _REFUSED), refuse))
+    for _opcode, _method in (
+        *((pickle.REDUCE, load_reduce), (pickle.NEWOBJ, load_newobj), (pickle.BUILD, load_build)),
+        *((pickle.SETITEM, load_setitem), (pickle.SETITEMS, load_setitems), (pickle.DICT, load_dict)),
+        *((pickle.ADDITEMS, load_additems), (pickle.FROZENSET, load_frozenset)),
+        *((pickle.APPEND, load_append), (pickle.APPENDS, load_appends)),
+        *((pickle.LONG1, load_long1), (pickle.LONG4, load_long4)),
+    ):
+        dispatch[_opcode[0]] = _method
 
 
-@contextlib.contextmanager
-def _safe_pickle(file: IO[bytes]) -> Iterator[None]:
-    """SafePickle in the place of what torch.load unpickles with; torch 1.13 ignores its argument pickle_module."""
-    whole = os.fstat(file.fileno()).st_size
-
-    class Unpickler(SafePickle.Unpickler):
-        sizes, largest = _storages(file, whole), whole
-
-    kind = type("SafePickle", (SafePickle,), {"Unpickler": Unpickler})
-    module, torch.serialization.pickle = torch.serialization.pickle, kind
-    try:
-        yield
-    finally:
-        torch.serialization.pickle = module
-
-
-def _storages(file: IO[bytes], whole: int) -> dict[str, int] | None:
-    """Bytes by storage of a zip archive as torch.save writes it; None for the form before torch 1.6.
-
-    Raises:
-        UnpicklingError: an archive that would unpack to more than the file, or run as TorchScript.
-    """
-    start = file.read(2)
-    file.seek(0)
-    if start != b"PK":
-        is_tar = tarfile.is_tarfile(file.name) if isinstance(file.name, str) else False
-        if is_tar:
-            raise pickle.UnpicklingError("a tar archive")
-        return None
-    with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-    file.seek(0)
-    names = [entry.filename.partition("/")[2] for entry in entries]
-    if "constants.pkl" in names:
-        raise pickle.UnpicklingError("a TorchScript archive")
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or len(names) != len(set(names)):
-        raise pickle.UnpicklingError("its parts are compressed, which torch.save does not do")
-    if sum(entry.file_size for entry in entries) > whole:
-        raise pickle.UnpicklingError("its parts are larger than the file")
-    return {name[len("data/") :]: entry.file_size for name, entry in zip(names, entries) if name.startswith("data/")}
-
-
-def read(file: IO[bytes], torch_load: Callable[..., Any] = torch.load) -> Any:
+def read(file: IO[bytes]) -> Any:
     """What is in a file of torch.save, on the CPU.
 
     Raises:
         Exception: any of a dozen kinds.
     """
-    with _safe_pickle(file):
-        return torch_load(file, map_location="cpu", weights_only=False)
+    whole = os.fstat(file.fileno()).st_size
+    start = file.read(2)
+    file.seek(0)
+    if start == b"PK":
+        state = _read_archive(file, whole)
+    elif isinstance(file.name, str) and tarfile.is_tarfile(file.name):
+        raise pickle.UnpicklingError("a tar archive")
+    else:
+        state = _read_in_a_row(file, whole)
+    _check_data(state, SHARED * whole)
+    return state
+
+
+def _read_archive(file: IO[bytes], whole: int) -> Any:
+    """A zip archive as torch.save writes it.
+
+    Raises:
+        UnpicklingError: it would unpack to more than the file, or run as TorchScript.
+    """
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        parts = {entry.filename.partition("/")[2]: entry for entry in entries}
+        if "constants.pkl" in parts:
+            raise pickle.UnpicklingError("a TorchScript archive")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or len(parts) != len(entries):
+            raise pickle.UnpicklingError("its parts are compressed, which torch.save does not do")
+        if sum(entry.file_size for entry in entries) > whole:
+            raise pickle.UnpicklingError("its parts are larger than the file")
+        if "data.pkl" not in parts:
+            raise pickle.UnpicklingError("an archive without data.pkl")
+        if "byteorder" in parts and archive.read(parts["byteorder"]) != b"little":
+            raise pickle.UnpicklingError("written on a big-endian machine")
+        found: dict[str, _Storage] = {}
+
+        def storage(kind: _Numbers, key: str, count: int) -> _Storage:
+            entry = parts.get(f"data/{key}")
+            size = count * torch.empty(0, dtype=kind.dtype).element_size()
+            if entry is None or size > entry.file_size:
+                raise pickle.UnpicklingError(f"a tensor of {count} numbers is larger than its part of the file")
+            if key not in found:
+                found[key] = _Storage(kind, count)
+                with archive.open(entry) as content:
+                    found[key].fill(content)
+            return _same(found[key], kind, count)
+
+        with archive.open(parts["data.pkl"]) as program:
+            return Unpickler(program, storage).load()
+
+
+def _read_in_a_row(file: IO[bytes], whole: int) -> Any:
+    """The form before torch 1.6: what made it, the state, and then its storages, one after the other."""
+    if [Unpickler(file).load() for _ in range(2)] != [0x1950A86A20F9469CFC6C, 1001]:
+        raise pickle.UnpicklingError("not written by torch.save")
+    machine = Unpickler(file).load()
+    if not (isinstance(machine, dict) and machine.get("little_endian") is True):
+        raise pickle.UnpicklingError("written on a big-endian machine")
+    found: dict[str, _Storage] = {}
+    left = whole
+
+    def storage(kind: _Numbers, key: str, count: int) -> _Storage:
+        nonlocal left
+        if key not in found:
+            left -= count * torch.empty(0, dtype=kind.dtype).element_size()
+            if left < 0:
+                raise pickle.UnpicklingError(f"a tensor of {count} numbers is larger than its part of the file")
+            found[key] = _Storage(kind, count)
+        return _same(found[key], kind, count)
+
+    state, keys = Unpickler(file, storage).load(), Unpickler(file).load()
+    if type(keys) is not list or len(keys) != len(found) or not all(type(key) is str and key in found for key in keys):
+        raise pickle.UnpicklingError("its storages are not those of its tensors")
+    for key in keys:
+        if int.from_bytes(file.read(8), "little") != len(found[key].tensor):
+            raise pickle.UnpicklingError("its storages are not those of its tensors")
+        found.pop(key).fill(file)
+    return state
+
+
+def _same(storage: _Storage, kind: _Numbers, count: int) -> _Storage:
+    if (storage.tensor.dtype, len(storage.tensor)) != (kind.dtype, count):
+        raise pickle.UnpicklingError("it reads the same bytes as numbers of two kinds")
+    return storage
+
+
+def _check_data(state: Any, most: int) -> None:
+    """Raises:
+    UnpicklingError: there is something in it that is no data, or it is much more than the file.
+    """
+    seen: set[int] = set()
+    waiting = [(state, 0)]
+    while waiting:
+        value, level = waiting.pop()
+        if isinstance(value, _VALUES) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            most -= value.numel() * value.element_size()
+            inner: Iterable[Any] = ()
+        elif isinstance(value, _LISTS):
+            inner = value
+        elif isinstance(value, dict):
+            inner = [*value.values(), *vars(value).values()] if isinstance(value, OrderedDict) else value.values()
+        elif isinstance(value, PlainArray):
+            inner = ()
+        elif type(value) in _OBJECTS:
+            inner = vars(value).values()
+        else:
+            raise pickle.UnpicklingError(f"it holds a {type(value).__name__}, which is no data")
+        if most < 0:
+            raise pickle.UnpicklingError("its weights are many times as large as the file")
+        if level > DEEPEST:
+            raise pickle.UnpicklingError(f"its values are nested more than {DEEPEST} deep")
+        waiting.extend((each, level + 1) for each in inner)

@@ -21,7 +21,7 @@ from helpers import checkpoint, generate, run, train
 from admin_fairseq import AdminError
 from admin_fairseq.checkpoints.authors import convert
 from admin_fairseq.checkpoints.files import load
-from admin_fairseq.checkpoints.unpickling import SafePickle
+from admin_fairseq.checkpoints.unpickling import Unpickler
 from admin_fairseq.cli import main
 from admin_fairseq.omega import sub_layers
 
@@ -522,4 +522,4 @@ def test_attributes_of_what_is_listed_are_not_found():
     names = [b"argparse", b"Namespace.__init__.__globals__"]
     content = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(name)]) + name for name in names) + b"\x93."
     with pytest.raises(pickle.UnpicklingError, match=r"argparse\.Namespace\.__init__\.__globals__"):
-        SafePickle.load(io.BytesIO(content))
+        Unpickler(io.BytesIO(content)).load()
