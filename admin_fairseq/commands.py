@@ -148,6 +148,8 @@ def run_average(args: argparse.Namespace) -> None:
         raise AdminError("--num-epoch-checkpoints and --num-update-checkpoints select from one folder; give one input")
     else:
         paths = select(paths[0], count, by_update, args.checkpoint_upper_bound)
+    for path in paths:
+        refuse_output(path, args.output)
     read = tqdm(paths, desc="averaging", unit="checkpoint", delay=3)
     files.save(average((path, files.load(path, finite=True)) for path in read), args.output)
     print(f"{args.output}: the average of {', '.join(paths)}")

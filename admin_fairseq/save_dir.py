@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import socket
+import stat
 import threading
 import time
 from typing import IO, Any, Callable
@@ -74,7 +75,11 @@ def _open(path: str, folder: str) -> tuple[IO[bytes], bool]:
     The kind of lock matters: it is not the data loaders', which may live on for seconds after a kill.
     """
     while True:
-        mark = open(path, "a+b", buffering=0)  # noqa: SIM115  (held until the training ends)
+        # held until the training ends; not through a link, whose target would be overwritten
+        mark = open(path, "a+b", buffering=0, opener=_open_no_link)  # noqa: SIM115
+        if not stat.S_ISREG(os.fstat(mark.fileno()).st_mode):
+            mark.close()
+            raise AdminError(f"{path} is no regular file; remove it")
         try:
             fcntl.lockf(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -86,6 +91,10 @@ def _open(path: str, folder: str) -> tuple[IO[bytes], bool]:
             if os.path.samestat(os.fstat(mark.fileno()), os.stat(path)):
                 return mark, True
         mark.close()  # its owner has just taken it away
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _read(mark: IO[bytes]) -> dict[str, Any]:

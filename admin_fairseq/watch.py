@@ -40,13 +40,14 @@ def norms_of(model: AdminModel) -> dict[str, OmegaLayerNorm]:
 
 
 def watch_omega(trainer: Trainer) -> None:
-    """Now and then, warn once of each sub-layer whose omega has crossed zero.
+    """At a process's first update, and now and then, warn once of each sub-layer whose omega has crossed zero.
 
     Raises:
         NotFiniteError: an omega is not finite.
     """
     model, update = trainer.get_model(), trainer.get_num_updates()
-    if update % EVERY != 1 or not isinstance(model, AdminModel):
+    is_first = "admin_warned" not in vars(trainer)
+    if not (is_first or update % EVERY == 1) or not isinstance(model, AdminModel):
         return
     norms = norms_of(model)
     omegas = [norm.omega.detach().float() for norm in norms.values()]

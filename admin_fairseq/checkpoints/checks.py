@@ -11,6 +11,7 @@ from typing import Any, Dict, List
 
 import torch
 from fairseq import utils
+from fairseq.logging import meters
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from fairseq.models.transformer import TransformerModelBase
 from fairseq.models.transformer.transformer_legacy import base_architecture
@@ -142,7 +143,7 @@ def check_settings(args: Namespace, weights: Weights, layers: Layers) -> None:
     for name in POSITIONS:
         value = options.get(name)
         if value is not None and not (type(value) is int and 0 < value <= LONGEST):
-            raise AdminError(f"its setting {name} is {value}; read are numbers up to {LONGEST}")
+            raise AdminError(f"its setting {name} is {value!r:.50}; read are numbers up to {LONGEST}")
     for stack, own in layers.items():
         is_pruned = options.get(f"{stack}_layers_to_keep")
         sizes = {"layers": None if is_pruned else len(own)}
@@ -218,6 +219,36 @@ def check_finite(state: dict[str, Any]) -> None:
                     f"its weight {name} holds numbers that are not finite{after}: the training diverged; take an"
                     " earlier checkpoint"
                 )
+
+
+def check_progress(state: dict[str, Any]) -> None:
+    """What fairseq goes on from, besides weights and settings; any of it may be missing.
+
+    Raises:
+        AdminError: it is not what fairseq writes.
+    """
+    extra = state.get("extra_state") or {}
+    iterator = extra.get("train_iterator", {}) if isinstance(extra, dict) else None
+    if not (isinstance(iterator, dict) and all(isinstance(value, (int, type(None))) for value in iterator.values())):
+        raise AdminError("its extra_state does not say how far the training has come as fairseq does")
+    try:
+        for group in extra.get("metrics", {}).values():
+            for _, _, name, meter in group:
+                _new_meter(name).load_state_dict(meter)
+    except Exception as error:
+        raise AdminError("the meters in its extra_state are not fairseq's") from error
+    optimizer = state.get("last_optimizer_state")
+    if optimizer is not None and not isinstance(optimizer, dict):
+        raise AdminError("its optimizer's state is not that of a torch optimizer")
+    if optimizer and ("state" in optimizer or "param_groups" in optimizer):
+        check_optimizer(optimizer)
+
+
+def _new_meter(name: str) -> meters.Meter:
+    kind = getattr(meters, name)
+    if not (isinstance(kind, type) and issubclass(kind, meters.Meter)):
+        raise TypeError(name)
+    return kind()
 
 
 def check_optimizer(optimizer: Any) -> None:

@@ -83,25 +83,25 @@ def read(file: IO[bytes], forgets: bool = False) -> State:
         state = unpickling.read(file)
         if not isinstance(state["model"], dict):
             raise TypeError("its weights are not a dictionary")
-        if not all(isinstance(name, str) for name in state["model"]):
+        if not all(isinstance(name, str) and name.isprintable() for name in state["model"]):
             raise TypeError("a weight's name is not text")
     except Exception as error:  # bytes that are no checkpoint end in any of a dozen errors
-        refused = re.search(r"(?i)unsupported (?:global: GLOBAL|global|class) (\S+)", str(error))
+        refused = re.search(r"(?i)unsupported (?:global: GLOBAL|class) ([\w.]+)", str(error))
         if refused:
             raise AdminError(
                 f"{file.name} holds an object of {refused[1]}, which safe loading does not read; nothing in the file"
                 " was run"
             ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "weights_only" in reason:  # torch's advice is to read it by running what it names
-            reason = "it is not made of tensors and plain data"
-        raise AdminError(f"{file.name} is not a fairseq checkpoint ({reason[:200]})") from error
+        shown = "".join(character if character.isprintable() else "?" for character in reason[:200])
+        raise AdminError(f"{file.name} is not a fairseq checkpoint ({shown})") from error
     with naming(file.name):
         for name in ("args", "cfg"):
             if state.get(name) is not None:
                 state[name] = guard.checked(state[name], forgets)
         if forgets:
             _check_sizes(state)
+            checks.check_progress(state)
     return state
 
 

@@ -16,6 +16,8 @@ from argparse import Namespace
 from collections import OrderedDict
 from typing import Any, Iterator
 
+from fairseq.data.encoders import gpt2_bpe
+
 from admin_fairseq.checkpoints.unpickling import plain
 from admin_fairseq.errors import AdminError
 
@@ -38,9 +40,15 @@ EVALUATED = {
 }
 # Names in fairseq's registries, by some of which it looks for files.
 NAMES = ("_name", "arch", "task", "criterion", "optimizer", "lr_scheduler", "bpe", "tokenizer", "scoring", "simul_type")
-# What to import, run, open or write where a model is built. The weights of pretrained parts are in the checkpoint.
+# What to import, run, open, fetch or write where something is built. The weights of pretrained parts are in the
+# checkpoint; the hub is told of a segmentation's files by its caller, or finds them beside the model.
 FORGOTTEN = {
     **dict.fromkeys(("user_dir", "post_save_script", "log_file", "tensorboard_logdir", "wandb_project", "aim_repo")),
+    **dict.fromkeys(("save_predictions", "replace_unk", "speaker_emb_path", "wer_kenlm_model", "wer_lexicon")),
+    **dict.fromkeys(("bpe_codes", "bpe_merges", "bpe_vocab", "bpe_vocab_file")),
+    **dict.fromkeys(("sentencepiece_model", "sentencepiece_model_path", "lang_to_offline_shard_ratio")),
+    "gpt2_encoder_json": gpt2_bpe.DEFAULT_ENCODER_JSON,
+    "gpt2_vocab_bpe": gpt2_bpe.DEFAULT_VOCAB_BPE,
     **dict.fromkeys(("embed_path", "encoder_embed_path", "decoder_embed_path", "ema_seed_model")),
     **dict.fromkeys(("load_pretrained_encoder_from", "load_pretrained_decoder_from", "quantization_config_path")),
     **dict.fromkeys(("azureml_logging", "use_plasma_view"), False),
@@ -140,7 +148,7 @@ class _Settings:
             options = {**value, **getattr(value, "__dict__", {})} if isinstance(value, dict) else vars(value)
             kept: dict[Any, Any] = {}
             for key, each in options.items():
-                if not isinstance(key, (str, int)) and key is not None:
+                if not (isinstance(key, int) or key is None or (isinstance(key, str) and key.isprintable())):
                     raise AdminError(f"its {name} have a name that is not text: {_short(key)}")
                 each = FORGOTTEN[key] if self.forgets and key in FORGOTTEN else each
                 kept[key] = self.checked(each, str(key), level + 1)

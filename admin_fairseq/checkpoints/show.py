@@ -84,7 +84,7 @@ def text(table: Table, margin: float | None = None) -> str:
     ``margin`` is that of the pre-pass, if known.
     """
     finite = [row["omega"] for rows in table.values() for row in rows if math.isfinite(row["omega"])]
-    longest = max(finite, default=1.0)
+    longest = max([0.0, *finite]) or 1.0
     lines: list[str] = []
     shown: dict[str, str] = {}
     for stack, rows in table.items():

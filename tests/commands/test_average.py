@@ -155,5 +155,8 @@ def test_bad_input(tmp_path, arguments, needle):
 
 
 def test_unwritable_output(folder, tmp_path):
+    own = str(folder / "checkpoint1.pt")
+    with pytest.raises(AdminError, match="is the file to read"):
+        average([own], own)
     with pytest.raises(AdminError, match="cannot write"):
         average([str(folder / "checkpoint1.pt")], str(tmp_path / "missing" / "out.pt"))

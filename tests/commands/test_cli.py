@@ -102,6 +102,9 @@ def test_show_a_diverged_checkpoint(tmp_path, capsys):
     assert "nan" in first and first.count("#") == 0 and second.count("#") == 30
     main(["show", path, "--json"])
     assert json.loads(capsys.readouterr().out)["encoder"][0]["omega"] is None
+    torch.save({"model": {name: torch.zeros(1) for name in omegas}}, path)
+    main(["show", path])
+    assert "#" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["nope.json", "nope.pt", "garbage.pt", "garbage.json", "empty.json"])

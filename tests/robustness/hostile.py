@@ -7,7 +7,8 @@ import pickle
 import struct
 import tarfile
 import zipfile
-from typing import Any, Callable
+import zlib
+from typing import Any, Callable, Tuple
 
 import torch
 
@@ -71,6 +72,11 @@ def dtype(code: str, *state: Any) -> bytes:
     return made + pickle.dumps(state or (3, "<", None, None, None, -1, -1, 0), 2)[2:-1] + b"b"
 
 
+def holding(**attributes: bytes) -> bytes:
+    """A Namespace with these attributes."""
+    return NAMESPACE + b")\x81}" + b"".join(text(key) + value + b"s" for key, value in attributes.items()) + b"b"
+
+
 def raw(content: bytes) -> bytes:
     return b"C" + bytes([len(content)]) + content
 
@@ -79,8 +85,11 @@ def bytes_of(count: int) -> bytes:
     return b"K" + bytes([count])
 
 
-SHAPE, PLAIN, SYSTEM = b"K\x02\x85", dtype("f8"), b"cos\nsystem\n" + text("touch proof") + b"\x85R"
 NAMESPACE = name("argparse", "Namespace")
+ENDLESS = (
+    name("fairseq.data.dictionary", "Dictionary") + b")\x81}" + text("symbols") + b"]s" + text("unk_word") + b"K\1sb"
+)
+SHAPE, PLAIN, SYSTEM = b"K\x02\x85", dtype("f8"), b"cos\nsystem\n" + text("touch proof") + b"\x85R"
 OBJECTS = (3, "|", None, ("a",), {"a": (b"x", 0)}, 8, 8, 63)
 GADGETS = {
     "os.system": SYSTEM,
@@ -128,6 +137,19 @@ GADGETS = {
     "an old-style object": b"(ios\nsystem\n",
     "an object by its class": b"(" + NAMESPACE + text("x") + b"o",
     "a persistent name": text("storage") + b"Q",
+    "a name of many levels": b"})" + b"\x85" * 200_000 + b"K\1s",
+    "a name of 2**60 parts": b"})" + b"2\x86" * 60 + b"K\1s",
+    "names of a set": b"\x8f(})t\x90",
+    "arguments without end": name("collections", "OrderedDict") + ENDLESS + b"R",
+    "an encoder of its own": call("_codecs", "encode", holding(encode=name("torch", "FloatStorage")) + LONG),
+    "a list of its own": holding(append=name("torch", "FloatStorage")) + LONG + b"a",
+    "a dictionary's own functions": name("collections", "OrderedDict") + b")R}" + text("items") + b"K\1sb",
+    "a view of memory": array(PLAIN, SHAPE, raw(b"A" * 16)) + b"\x98",
+    "a number of 5,000 digits": number(10**5000),
+    "a number in digits": b"I" + b"9" * 5000 + b"\n",
+    "a storage": storage(b"K\x10"),
+    "a type of storage": name("torch", "FloatStorage"),
+    "many levels": b"]" * 100 + b"a" * 99,
     "a module in the old form": b"(" + text("module") + name("os", "system") + text("x") + text("y") + b"K\1tQ",
 }
 K1 = b"K\1\x85"
@@ -142,11 +164,30 @@ TENSORS = {
     "strides without sizes": tensor(bytes_of(16), b")", K1),
     "a shape of text": tensor(bytes_of(16), text("a") + b"\x85", K1),
     "no such storage": call("torch._utils", "_rebuild_tensor_v2", storage(bytes_of(16), key="nope") + b"K\0))\x89N"),
+    "a storage of a type of its own": call(
+        "torch._utils",
+        "_rebuild_tensor_v2",
+        b"("
+        + text("storage")
+        + holding(_dtype=name("torch", "uint8"), dtype=name("torch", "float64"))
+        + text("0")
+        + text("cpu")
+        + bytes_of(16)
+        + b"tQK\0K\x10\x85K\1\x85\x89N",
+    ),
+    "a shape without end": call(
+        "torch._utils", "_rebuild_tensor_v2", storage(bytes_of(16)) + b"K\0" + ENDLESS + K1 + b"\x89N"
+    ),
+    "the same bytes as two kinds": tensor(bytes_of(16), bytes_of(16) + b"\x85", K1)
+    + b"0"
+    + call("torch._utils", "_rebuild_tensor_v2", storage(bytes_of(8), kind="DoubleStorage") + b"K\0))\x89N"),
     "a list for a storage": call("torch._utils", "_rebuild_tensor_v2", b"]K\0))\x89N"),
 }
 PROGRAMS = {
     **{f"gadget: {what}": state(program) for what, program in GADGETS.items()},
     **{f"tensor: {what}": state(b"N", weights=weights(program)) for what, program in TENSORS.items()},
+    "a name that forges a line": state(b"K\1", weights=b"}" + text("a\nadmin_fairseq: error: b\x1b[31m") + b"K\1s"),
+    "a global that forges a line": state(name("os\x1b[31m", "system")),
     "nothing": b"",
     "half": state(SYSTEM)[:20],
     "no checkpoint": b"\x80\x02K\1.",
@@ -188,10 +229,58 @@ def _overlapping() -> bytes:
     return out.getvalue()
 
 
+class _Writes(torch.nn.Module):
+    """Writes a file when it is loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = 1
+        self.file = torch.zeros(1, dtype=torch.uint8)  # or TorchScript would leave the writing out
+
+    @torch.jit.export
+    def __getstate__(self) -> Tuple[int, bool]:  # noqa: UP006  (of TorchScript)
+        return self.x, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: Tuple[int, bool]) -> None:  # noqa: UP006
+        self.x, self.training = state
+        self.file = torch.from_file("proof", True, 16, dtype=torch.uint8).fill_(65)
+
+    def forward(self) -> int:
+        return self.x
+
+
 def _torchscript() -> bytes:
     out = io.BytesIO()
-    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), out)
+    torch.jit.save(torch.jit.script(_Writes()), out)
     return out.getvalue()
+
+
+def _two_tables(hidden: bytes) -> bytes:
+    """An archive whose locator points to ``hidden``'s table of contents, and another one, just before the locator.
+
+    Python's zipfile reads the second, torch the first.
+    """
+
+    def end(entries: int, size: int, start: int) -> bytes:
+        return b"PK\6\6" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, entries, entries, size, start)
+
+    with zipfile.ZipFile(io.BytesIO(hidden)) as file:
+        start, entries = file.start_dir, len(file.infolist())
+    stops = [place for place in (hidden.rfind(b"PK\6\6"), hidden.rfind(b"PK\5\6")) if place >= start]
+    out = hidden[: min(stops)]
+    first = len(out)
+    out += end(entries, first - start, start)
+    table = b""
+    shown = {"archive/data.pkl": b"x", "archive/version": b"3\n"}
+    for member, content in shown.items():
+        common = struct.pack("<HHHHIIIHH", 0, 0, 0, 33, zlib.crc32(content), len(content), len(content), len(member), 0)
+        table += b"PK\1\2" + struct.pack("<HH", 20, 20) + common
+        table += struct.pack("<HHHII", 0, 0, 0, 0, len(out)) + member.encode()
+        out += b"PK\3\4" + struct.pack("<H", 20) + common + member.encode() + content
+    out += table + end(len(shown), len(table), len(out))
+    out += b"PK\6\7" + struct.pack("<IQI", 0, first, 1)
+    return out + b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
 
 
 ARCHIVES: dict[str, Callable[[], bytes]] = {
@@ -199,6 +288,10 @@ ARCHIVES: dict[str, Callable[[], bytes]] = {
     "a zip bomb": lambda: archive(GOOD, {str(key): b"\0" * 10**7 for key in range(9)}, kind=zipfile.ZIP_DEFLATED),
     "overlapping parts": _overlapping,
     "TorchScript": _torchscript,
+    "TorchScript behind a second table": lambda: _two_tables(_torchscript()),
+    "a zip bomb behind a second table": lambda: _two_tables(
+        archive(GOOD, {str(key): b"\0" * 10**7 for key in range(9)}, kind=zipfile.ZIP_DEFLATED)
+    ),
     "TorchScript's mark": lambda: archive(GOOD, constants_pkl=SYSTEM),
     "tar": _tar,
     "half an archive": lambda: archive(GOOD)[:-40],

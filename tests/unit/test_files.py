@@ -226,6 +226,20 @@ def test_a_mark_that_says_nothing_is_no_obstacle(tmp_path, elsewhere, content):
     assert not os.listdir(tmp_path)
 
 
+def test_a_mark_that_is_a_link_or_a_pipe_is_left_alone(tmp_path):
+    victim, folder = tmp_path / "victim", tmp_path / "run"
+    victim.write_text("precious")
+    folder.mkdir()
+    (folder / save_dir.MARK).symlink_to(victim)
+    with pytest.raises(AdminError, match="cannot write to"):
+        save_dir.claim(str(folder))
+    assert victim.read_text() == "precious"
+    (folder / save_dir.MARK).unlink()
+    os.mkfifo(folder / save_dir.MARK)
+    with pytest.raises(AdminError, match="no regular file"):
+        save_dir.claim(str(folder))
+
+
 def test_a_file_system_without_locks(tmp_path, training, elsewhere, monkeypatch):
     def lockf(*_):
         raise OSError(37, "No locks available")

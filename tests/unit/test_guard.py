@@ -68,6 +68,38 @@ def test_every_eval_in_fairseq_is_ours():
     assert {module.__name__ for module in found if module.eval is not literal} == set()
 
 
+OPENERS = ("open", "cached_path", "parse_embedding", "load_align_dict", "call", "from_pretrained")
+LOADERS = ("np", "torch", "Dictionary", "Path", "sp")
+# read here as data or as a text of names, or part of DATA
+READ = {"w2v_path", "seq2seq_path", "pretrained_mlm_checkpoint", "lang_dict", "f0_stats", "f0_vq_name", "fn", "cache"}
+
+
+def opened():
+    """Of every call in fairseq's models, tasks and so on that opens, fetches or runs a file: the option of its name."""
+    found = set()
+    for path, text in TEXTS.items():
+        if path.parent.name in ("fairseq", "benchmark") and path.name not in ("utils.py", "hub_utils.py"):
+            continue  # of the commands themselves
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.Call) or not node.args:
+                continue
+            name = getattr(node.func, "id", getattr(node.func, "attr", None))
+            owner = getattr(getattr(node.func, "value", None), "id", None)
+            if name in OPENERS or (name in ("load", "Load") and owner in LOADERS):
+                for each in ast.walk(node.args[0]):
+                    holder = getattr(each, "value", None)
+                    if isinstance(each, ast.Attribute) and named(holder) in ("args", "cfg", "config", "generation"):
+                        found.add(each.attr)
+    return found
+
+
+def test_no_file_that_an_option_names_is_opened():
+    found = opened()
+    assert found >= {"post_save_script", "bpe_codes", "replace_unk", "encoder_embed_path"}
+    assert found - set(FORGOTTEN) - READ - {"generation"} == set()
+    assert "save_predictions" in FORGOTTEN  # a parameter there
+
+
 CODE = "__import__('os').system('touch {}') or [100,200]"
 FORMS = {
     "args": lambda name, value: {"args": Namespace(**{name: value})},
@@ -194,7 +226,7 @@ def test_settings_of_absurd_size(tmp_path):
     for _ in range(100):
         deep = [deep]
     for content in (many, {"a": deep}, {"a": [0] * 200_000}):
-        with pytest.raises(AdminError, match="more values than settings do|nested more than 50 deep"):
+        with pytest.raises(AdminError, match=r"more values than settings do|nested more than 50 deep"):
             read(tmp_path, {"args": content})
     for value in (b"True", torch.ones(1), {(1, 2): 3}):
         with pytest.raises(AdminError, match=r"no value|not text"):
@@ -221,3 +253,20 @@ def test_a_number_that_fairseq_keeps_as_it_was_typed():
             checks.check_settings(Namespace(decoder_output_dim=value), weights, {})
     with pytest.raises(AdminError, match="its setting encoder_layers is '6', which is no value of that option"):
         checks.check_settings(Namespace(encoder_layers="6"), weights, {})
+
+
+@pytest.mark.parametrize(
+    ("content", "needle"),
+    [
+        ({"extra_state": {"train_iterator": {"epoch": "x"}}}, "how far the training has come"),
+        ({"extra_state": {"train_iterator": 3}}, "how far the training has come"),
+        ({"extra_state": {"train_iterator": {"epoch": 1}, "metrics": {"a": [(1, "b", "np", {})]}}}, "meters"),
+        ({"extra_state": {"train_iterator": {"epoch": 1}, "metrics": {"a": [(1, "b", "__loader__", {})]}}}, "meters"),
+        ({"extra_state": {"train_iterator": {"epoch": 1}, "metrics": {"a": [(1, "b", "AverageMeter", {})]}}}, "meters"),
+        ({"last_optimizer_state": 5}, "optimizer"),
+        ({"last_optimizer_state": {"state": 5, "param_groups": 7}}, "optimizer"),
+    ],
+)
+def test_what_a_training_goes_on_from_is_fairseqs(tmp_path, content, needle):
+    with pytest.raises(AdminError, match=rf"c\.pt: .*{needle}"):
+        read_by_fairseq(tmp_path, content)

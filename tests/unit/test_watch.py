@@ -83,6 +83,14 @@ def test_omega_at_zero_is_warned_of_once_and_a_broken_one_ends_training(training
     watch.watch_omega(trainer)  # not looked at
 
 
+def test_the_first_update_of_a_process_is_looked_at(training, caplog):
+    trainer, samples = training()
+    trainer.set_num_updates(3)  # as from a checkpoint
+    last(trainer).omega.data[3] = -0.5
+    trainer.train_step(samples)
+    assert [line for line in caplog.messages if line.startswith("update 4: omega of decoder.layers.1.ffn is down to")]
+
+
 def test_a_full_disk_ends_in_one_line(training, tmp_path, monkeypatch, caplog):
     trainer, _ = training()
     torch.save({}, tmp_path / "checkpoint6.pt")
