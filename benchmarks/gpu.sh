@@ -113,6 +113,8 @@ main() {
 
     echo "== after $SECONDS s"
     cat "$out"/*/*.md "$work"/deeper/*.md 2>/dev/null
+    grep -E '^(FAILED|ERROR) |^=+ .* in [0-9.]+s' "$out/gpu.log"
+    grep -o '"loss_scale": "[^"]*"' "$out/gpu.log" | uniq -c # as it changed
     echo "${failed:+failed:$failed}"
     [[ ! $failed ]]
 }
