@@ -95,15 +95,15 @@ main() {
         tests+=(-n 12 --deselect tests/commands/test_gpu.py::test_kernels) # whose cases are here one by one
         kernel=(--rounds 7)
         report=(--depths 60-12)
-        updates=(--depths 18-18 --device cuda --dtype bf16 --max-tokens 16384)
+        updates=(--rounds 4 --depths 18-18 --device cuda --dtype bf16 --max-tokens 16384)
         scale=(--max-tokens 8192 --max-update 200 --log-interval 10 --encoder-layers 60 --decoder-layers 12)
     fi
-    "$PYTHON" benchmarks/ready.py "$work/data" || return 2
+    timeout $((SECONDS_LEFT / 2)) "$PYTHON" benchmarks/ready.py "$work/data" || return 2
 
     part tests 120 "$PYTHON" -m pytest -p xdist --dist worksteal -vv --tb short --durations 5 "${tests[@]}"
     part kernels 100 "$PYTHON" -m benchmarks.kernel --out "$out/kernel" "${kernel[@]}"
     part batches 150 "$PYTHON" -m benchmarks.speed "$work/data" --gpu-report --out "$out/batches" "${report[@]}"
-    part features 80 "$PYTHON" -m benchmarks.speed "$work/data" --features --no-memory --out "$out/features" "${updates[@]}"
+    part features 100 "$PYTHON" -m benchmarks.speed "$work/data" --features --no-memory --out "$out/features" "${updates[@]}"
     part scale 80 "${PYTHON%/*}/fairseq-train" "$work/data" --user-dir admin_fairseq --arch transformer_admin \
         --fp16 --optimizer adam --adam-betas '(0.9, 0.98)' --lr 1e-3 --lr-scheduler inverse_sqrt --warmup-updates 200 \
         --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --share-all-embeddings --seed 1 \
@@ -115,8 +115,7 @@ main() {
     cat "$out"/*/*.md "$work"/deeper/*.md 2>/dev/null
     grep -E '^(FAILED|ERROR) |^=+ .* in [0-9.]+s' "$out/gpu.log"
     grep -o '"loss_scale": "[^"]*"' "$out/gpu.log" | uniq -c # as it changed
-    echo "${failed:+failed:$failed}"
-    [[ ! $failed ]]
+    [[ ! $failed ]] || { echo "failed:$failed" && return 1; }
 }
 
 if [[ ${1:-} == wheels ]]; then
