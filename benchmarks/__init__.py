@@ -5,6 +5,7 @@
   claims   which optimizers train a Transformer, and how much warmup it needs; runs of compare
   speed    step time, memory and generation beside stock fairseq; its worker measures the models of one depth
   kernel   the sub-layer's LayerNorm alone
+  gpu.sh   both on a GPU, within ten minutes; ready.py says what it lacks
   deploy   fairseq-generate beside CTranslate2
 
 They import from common, divergence, tables and figures, which import none of them; data reads a data-bin, logs what

@@ -3,6 +3,7 @@
     python -m benchmarks.speed --depths 6-6,18-18,60-12 --out DIR              # on the CPU, synthetic data
     python -m benchmarks.speed DATA-BIN --device cuda --dtype bf16 --max-tokens 8192 --out DIR
     python -m benchmarks.speed --gpu-report --out DIR                          # the best batches of a GPU
+    python -m benchmarks.speed --features --depths 18-18 --device cuda --dtype bf16 --max-tokens 16384 --out DIR
 
 Every update goes through fairseq's Trainer.train_step, as in fairseq-train. The methods of a depth take turns in one
 process, one update each per round, so that whatever else the machine does affects all of them; the ratio is the median
@@ -18,14 +19,20 @@ models do not fit, --one-at-a-time gives each its own process, round after round
 record.md. What follows -- goes to fairseq-train, the same for all methods.
 
 --gpu-report searches the largest --max-tokens (doubled until memory runs out or the batch stops growing) and the
-fastest of them, at 60-12 and 100-100: stock in fp16, Admin in bf16, with and without --checkpoint-activations. Its
-tokens ratio is to stock's fastest batch. A line that fails is named in the table and does not end the others. `make
-gpu-report` adds the pre-pass and generation on the GPU, and the kernels by themselves (benchmarks.kernel).
+fastest of them, at 60-12 and 100-100 or --depths: stock in fp16, Admin in bf16, and so on. Its tokens ratio is to
+stock's fastest batch. A line that fails is named in the table and does not end the others.
+
+--features has Admin with each faster computation by itself in the place of --methods: what the table in
+admin_fairseq/fast/measured.py is set by.
+
+benchmarks/gpu.sh runs all this and benchmarks.kernel within ten minutes of a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import statistics
 import subprocess
@@ -34,7 +41,7 @@ import tempfile
 from argparse import Namespace
 from datetime import date
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator
+from typing import IO, Any, Callable, Dict, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -42,6 +49,7 @@ from fairseq.data import Dictionary, indexed_dataset
 
 from admin_fairseq.architectures import METHODS
 from admin_fairseq.errors import AdminError
+from admin_fairseq.fast.measured import MEASURED
 from admin_fairseq.files import as_csv
 from benchmarks.common import (
     child_environment,
@@ -60,22 +68,53 @@ Row = Dict[str, Any]  # of the table
 Worker = Callable[[Setting], Answer]
 
 
-def in_a_process(setting: Setting) -> Answer:
-    """The worker's answer, from a fresh process.
+class Process:
+    """A worker in a process of its own, a fresh one unless nothing but batches differs from the setting before."""
 
-    Raises:
-        AdminError: it failed.
-    """
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.worker", json.dumps(setting)]
-    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
-    if done.returncode != 0:
+    def __init__(self) -> None:
+        self.models: Setting | None = None
+        self.running: subprocess.Popen[str] | None = None
+        self.errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115  (as long as this object is there)
+
+    def __call__(self, setting: Setting) -> Answer:
+        """The worker's answer.
+
+        Raises:
+            AdminError: it failed; its last lines are printed.
+        """
+        models = {key: value for key, value in setting.items() if key not in ("max_tokens", "rounds")}
+        if self.running is None or models != self.models:
+            self.close()
+            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.worker"]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+            self.running, self.models = subprocess.Popen(command, env=child_environment(), text=True, **pipes), models
+        with contextlib.suppress(BrokenPipeError):  # it has died, and why is said below
+            print(json.dumps(setting), file=self.running.stdin, flush=True)
+        answer = self.running.stdout.readline()
+        if answer:
+            return json.loads(answer)
+        self.errors.seek(0)
+        lines, code = self.errors.read().splitlines()[-20:], self.running.wait()
+        self.close()
+        say("\n".join(lines))
         what = f"{', '.join(setting['methods'])} {setting['depth']}"
-        last = "".join(done.stderr.strip().splitlines()[-1:])
-        raise AdminError(f"measuring {what} failed ({done.returncode}): {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+        raise AdminError(f"measuring {what} failed ({code}): {''.join(lines[-1:])}")
+
+    def close(self) -> None:
+        if self.running is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self.running.stdin.close()
+            self.running.stdout.close()
+            self.running.wait()
+        self.running = None
+        self.errors.seek(0)
+        self.errors.truncate()
 
 
 # --- methods beside each other at each depth --------------------------------------------------------------------------
+
+# one projection is a part of the faster attention
+FEATURES = ("off", *(name.replace("one", "attention+one") for name in MEASURED), "all")
 
 
 def write_synthetic(folder: Path, vocabulary: int, pairs: int, seed: int = 1) -> str:
@@ -193,54 +232,58 @@ def quartiles(values: list[float]) -> list[float]:
 
 # --- the report of a GPU ----------------------------------------------------------------------------------------------
 
-PLAN = (  # method, depth, precision, further options; the stock line of a depth first
-    ("postln", "60-12", "fp16", []),
-    ("admin", "60-12", "bf16", []),
-    ("admin", "60-12", "bf16", ["--admin-fast", "all"]),
-    ("admin", "60-12", "bf16", ["--checkpoint-activations"]),
-    ("admin", "60-12", "bf16", ["--checkpoint-activations", "--admin-fast", "all"]),
-    ("postln", "100-100", "fp16", []),
-    ("admin", "100-100", "bf16", []),
-    ("admin", "100-100", "bf16", ["--admin-fast", "all"]),
-    ("admin", "100-100", "bf16", ["--checkpoint-activations"]),
+PLAN = (  # method, precision, further options, of each depth; the stock line first, and then the most telling
+    ("postln", "fp16", []),
+    ("admin", "bf16", ["--admin-fast", "all"]),
+    ("admin", "bf16", ["--admin-fast", "off"]),
+    ("postln", "bf16", []),
+    ("admin", "bf16", ["--checkpoint-activations", "--admin-fast", "all"]),
 )
 
 
-def search(attempt: Callable[[int], Answer], start: int, limit: int = 2**20) -> tuple[list[Answer], str]:
-    """Answers at ``start`` tokens, twice as many and so on, and what ended them: the first that fails or is no larger.
+def search(attempt: Callable[[int], Answer], start: int, limit: int = 2**20) -> str:
+    """Try ``start`` tokens, twice as many and so on, and say what ended it: the first that fails or is no larger.
 
     Data may be smaller than a batch could be.
     """
-    found: list[Answer] = []
     tokens, before = start, 0
     while tokens <= limit:
         try:
             answer = attempt(tokens)
         except AdminError as error:
-            return found, f"{tokens}: {error}"
+            return f"{tokens}: {error}"
         size = sum(one["tokens"] for each in answer["rounds"].values() for one in each)
         if size <= before:
-            return found, f"{tokens}: no larger batch in the data"
-        found.append({**answer, "max_tokens": tokens})
+            return f"{tokens}: no larger batch in the data"
         tokens, before = 2 * tokens, size
-    return found, f"{tokens}: not tried"
+    return f"{tokens}: not tried"
+
+
+def as_text(row: Row) -> str:
+    share = f"{row['flops_share']:.0%} of the matrix product's rate"
+    return f"{row['tokens_per_s']:.0f} tokens a second, {share}, {row['memory_mb']:.0f} MB"
 
 
 def gpu_report(args: Namespace, folder: str, data: str, worker: Worker) -> Iterator[list[Row]]:
     """The best batch of every line of ``PLAN``, and the largest; without figures where none fitted."""
     stock: dict[str, float] = {}
-    for method, depth, dtype, extra in PLAN:
+    for depth, (method, dtype, extra) in itertools.product(args.depths, PLAN[:2] if args.rehearse else PLAN):
+        dtype = "fp32" if args.rehearse else dtype
         setting = {"depth": depth, "methods": [method], "dtype": dtype, "extra": [*args.extra, *extra], "data": data}
-        setting.update({"rounds": args.rounds, "folder": folder, "device": "cuda", "threads": 0, "prepass": False})
-        setting.update({"generate": False, "matmul": True, "beam": args.beam, "length": args.length})
+        setting.update({"rounds": args.rounds, "folder": folder, "device": args.device, "threads": args.threads})
+        setting.update({"generate": False, "matmul": True, "beam": args.beam, "length": args.length, "prepass": False})
+        name, lines = " ".join([method, depth, dtype, *extra]), []
 
-        def attempt(tokens: int, setting: Setting = setting) -> Answer:
-            return within_memory(worker, {**setting, "max_tokens": tokens})
+        def attempt(tokens: int, setting: Setting = setting, name: str = name, lines: list[Row] = lines) -> Answer:
+            own = {**setting, "max_tokens": tokens}
+            answer = within_memory(worker, own)
+            lines += rows(answer, dict.fromkeys(setting["methods"], answer["memory_mb"]), own)
+            say(f"{name}, --max-tokens {tokens}: {as_text(lines[-1])}")
+            return answer
 
-        found, end = search(attempt, args.max_tokens[0])
+        end = search(attempt, args.max_tokens[0])
         best: Row = {"depth": depth, "method": method, "dtype": dtype}
-        if found:
-            lines = [rows(one, {method: one["memory_mb"]}, {**setting, **one})[0] for one in found]
+        if lines:
             best = max(lines, key=lambda row: row["tokens_per_s"])
             largest = lines[-1]
             per_token = None
@@ -253,7 +296,7 @@ def gpu_report(args: Namespace, folder: str, data: str, worker: Worker) -> Itera
                 stock[depth] = best["tokens_per_s"]
             if depth in stock:
                 best["tokens_ratio"] = best["tokens_per_s"] / stock[depth]
-        say(" ".join([method, depth, dtype, *extra]) + f": ended at --max-tokens {end}")
+        say(f"{name}: ended at --max-tokens {end}")
         yield [{**best, "options": " ".join(extra), "ended_at": end}]
 
 
@@ -363,7 +406,7 @@ def parse(argv: list[str]) -> Namespace:
     option = parser.add_argument
     option("data", nargs="?", metavar="DATA-BIN", help="what fairseq-preprocess wrote (default: synthetic)")
     option("--methods", type=methods, default="postln,preln,admin", help="the first is the reference (%(default)s)")
-    option("--depths", type=depths, default="6-6,18-18,60-12", help="encoder and decoder layers (%(default)s)")
+    option("--depths", type=depths, help="encoder and decoder layers (6-6,18-18,60-12; of a report 60-12,100-100)")
     sizes = comma_separated(int, "number of tokens", r"[1-9]\d*")
     option("--max-tokens", type=sizes, help="of a batch; several to see the scaling (512, on a GPU from 4096)")
     option("--rounds", type=int, default=5, help="updates of each method that count (%(default)s)")
@@ -376,10 +419,14 @@ def parse(argv: list[str]) -> Namespace:
     option("--no-generate", action="store_true", help="do not measure generation")
     option("--no-memory", action="store_true", help="do not measure peak memory")
     option("--one-at-a-time", action="store_true", help="a process for each model and round: for models that fill it")
+    option("--features", action="store_true", help="in the place of --methods, as described above")
     option("--gpu-report", action="store_true", help="the report described above instead; needs a GPU")
+    option("--rehearse", action="store_true", help="two lines of --gpu-report on a CPU, in fp32: does it run?")
     option("--out", type=Path, required=True, help="folder for speed.csv, speed.png and record.md")
     args = parser.parse_args(argv)
     args.extra = extra
+    args.depths = args.depths or (["60-12", "100-100"] if args.gpu_report else ["6-6", "18-18", "60-12"])
+    args.methods = ["postln", *(f"admin:{name}" for name in FEATURES)] if args.features else args.methods
     args.max_tokens = args.max_tokens or [4096 if args.gpu_report or args.device == "cuda" else 512]
     if args.device == "cpu" and args.dtype != "fp32":
         parser.error(f"--dtype {args.dtype} needs --device cuda")
@@ -388,16 +435,17 @@ def parse(argv: list[str]) -> Namespace:
     return args
 
 
-def main(argv: list[str], worker: Worker = in_a_process) -> list[Row]:
+def main(argv: list[str], worker: Worker | None = None) -> list[Row]:
     args = parse(argv)
-    if (args.gpu_report or args.device == "cuda") and not torch.cuda.is_available():
+    if args.gpu_report:
+        args.device, args.dtype = ("cpu", "fp32") if args.rehearse else ("cuda", "bf16 and fp16")
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise AdminError("no GPU here: what needs one was not measured")
     args.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        pairs = 400_000 if args.gpu_report else 2 * max(args.max_tokens)
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(Process()) as process:
+        worker = worker or process
+        pairs = 100_000 if args.gpu_report else 2 * max(args.max_tokens)
         data = args.data or write_synthetic(Path(folder), args.vocabulary, pairs)
-        if args.gpu_report:
-            args.device, args.dtype = "cuda", "bf16, stock fp16"
         table: list[Row] = []
         for measured in (gpu_report if args.gpu_report else depth_report)(args, folder, data, worker):
             table += measured
@@ -406,7 +454,7 @@ def main(argv: list[str], worker: Worker = in_a_process) -> list[Row]:
             write(args.out / "record.md", text)
     if not any("step_s" in row for row in table):
         raise AdminError("nothing was measured; where memory ran out: smaller --max-tokens, or --one-at-a-time")
-    if not args.gpu_report:
+    if not args.gpu_report and not args.features:
         write(args.out / "speed.png", against_depth(table))
     print(text)
     return table

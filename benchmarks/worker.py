@@ -1,6 +1,9 @@
 """What one process of benchmarks.speed measures: the models of one depth, taking turns.
 
-python -m benchmarks.worker SETTING      (JSON; the last line printed is the answer)
+python -m benchmarks.worker      (settings by line, as JSON, and their answers; from one to the next the models stay)
+
+A method is the name behind transformer_, and may say what of admin_fairseq.fast.measured is on: admin:loss+adam, or
+admin:all and admin:off.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.trainer import Trainer
 
 import admin_fairseq
+from admin_fairseq.fast.measured import MEASURED
 from admin_fairseq.model import AdminModel
 from admin_fairseq.omega import sub_layers
 from benchmarks.common import peak_memory
@@ -28,6 +32,7 @@ TRAIN = """--optimizer adam --adam-betas (0.9,0.98) --lr-scheduler inverse_sqrt 
 --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --dropout 0.1 --seed 1
 --required-batch-size-multiple 1 --num-workers 0 --distributed-world-size 1 --no-save --log-format none"""
 NO_ROOM = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+reset_peak = torch.cuda.reset_peak_memory_stats  # before compare_methods takes it from the trainer
 WARMUP = 2  # updates before the clock counts: the first ones allocate the optimizer's state
 Answer = Dict[str, Any]  # by method, seconds of every round and counts; {"out of memory": True} where they do not fit
 Setting = Dict[str, Any]  # what to measure
@@ -73,7 +78,7 @@ def make_trainer(method: str, setting: Setting) -> Trainer:
     argv = [
         setting["data"],
         "--arch",
-        f"transformer_{method}",
+        f"transformer_{method.partition(':')[0]}",
         "--encoder-layers",
         encoder,
         "--decoder-layers",
@@ -93,28 +98,47 @@ def make_trainer(method: str, setting: Setting) -> Trainer:
     return trainer
 
 
-def answer(setting: Setting) -> Answer:
+def use(method: str) -> None:
+    """Have the table of faster computations name on this device what the method does, where it says so."""
+    _, says, features = method.partition(":")
+    here = {"cpu", *([torch.cuda.get_device_name()] if torch.cuda.is_available() else [])}
+    for feature in MEASURED if says else ():
+        MEASURED[feature] = frozenset(here if features == "all" or feature in features.split("+") else ())
+
+
+def make_clock(method: str, setting: Setting) -> Clock:
+    use(method)
+    return Clock(make_trainer(method, setting))
+
+
+def answer(setting: Setting, clocks: dict[str, Clock] | None = None) -> Answer:
+    """What is measured; ``clocks``, to which new ones are added, are of a setting that differed in batches alone."""
     if setting["threads"]:
         torch.set_num_threads(setting["threads"])
     try:
-        return compare_methods(setting)
+        return compare_methods(setting, {} if clocks is None else clocks)
     except RuntimeError as error:
         if not any(reason in str(error) for reason in NO_ROOM):
             raise
         return {"out of memory": True}
 
 
-def compare_methods(setting: Setting) -> Answer:
-    trainers = {method: make_trainer(method, setting) for method in setting["methods"]}
-    clocks = {method: Clock(trainer) for method, trainer in trainers.items()}
+def compare_methods(setting: Setting, clocks: dict[str, Clock]) -> Answer:
+    for method in setting["methods"]:
+        clocks[method] = clocks.get(method) or make_clock(method, setting)
+    trainers = {method: clock.trainer for method, clock in clocks.items()}
     first = next(iter(trainers.values()))
     cuda = first.cuda
-    if cuda:  # which the trainer would do after every update
-        torch.cuda.reset_peak_memory_stats = lambda *_: None
+    if cuda:
+        torch.cuda.empty_cache()
+        reset_peak()
+        torch.cuda.reset_peak_memory_stats = lambda *_: None  # the trainer would reset it after every update
+    first.cfg.dataset.max_tokens = setting["max_tokens"]
     batches = sample_batches(first, WARMUP + setting["rounds"])
     rounds: dict[str, list[dict[str, float]]] = {method: [] for method in trainers}
     for number, batch in enumerate(batches):
         for method in in_turn(clocks, number):
+            use(method)
             seconds = clocks[method].step(batch)
             if number >= WARMUP:
                 rounds[method].append({**seconds, **counts(batch, trainers[method])})
@@ -124,6 +148,7 @@ def compare_methods(setting: Setting) -> Answer:
         model = trainer.get_model()
         found["parameters"][method] = sum(p.numel() for p in model.parameters())
         if isinstance(model, AdminModel) and setting["prepass"]:
+            use(method)
             found["prepass"][method] = prepass(trainer, clocks[method], batches[0], setting["rounds"])
     if setting["generate"]:
         found["generation"] = generate(trainers, batches[0], setting)
@@ -140,7 +165,8 @@ def in_turn(methods: Iterable[str], number: int) -> list[str]:
 
 def sample_batches(trainer: Trainer, count: int) -> list[dict[str, Any]]:
     """Batches of short, middling and long sentences in random order."""
-    dataset, chosen = trainer.task.dataset("train"), trainer.get_train_iterator(1, load_dataset=False).frozen_batches
+    iterator = trainer.get_train_iterator(1, load_dataset=False, disable_iterator_cache=True)
+    dataset, chosen = trainer.task.dataset("train"), iterator.frozen_batches
     places = np.linspace(0, max(0, len(chosen) - 2), count).astype(int)  # the last one may be small
     np.random.RandomState(1).shuffle(places)
     return [dataset.collater([dataset[i] for i in chosen[place]]) for place in places]
@@ -192,6 +218,7 @@ def generate(trainers: dict[str, Trainer], batch: dict[str, Any], setting: Setti
         generators[method] = trainer.task.build_generator([model], search)
     for number in range(1 + setting["rounds"]):
         for method in in_turn(trainers, number):
+            use(method)
             trainer = trainers[method]
             sample, _ = trainer._prepare_sample(batch)
             if trainer.cuda:
@@ -222,4 +249,8 @@ def matmul_rate(like: torch.Tensor) -> float:
 
 if __name__ == "__main__":
     logging.disable(logging.INFO)
-    print("\n" + json.dumps(answer(json.loads(sys.argv[1]))))
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else prints is no answer
+    kept: dict[str, Clock] = {}
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line), kept)), file=out, flush=True)

@@ -1,9 +1,13 @@
-"""What only a GPU shows. Skipped without one; run ``pytest tests/commands/test_gpu.py`` wherever there is one."""
+"""What only a GPU shows. Skipped without one; run ``pytest tests/commands/test_gpu.py`` wherever there is one.
+
+With REHEARSE=1 they run on a CPU, as far as they can: three minutes that show whether the tests themselves are right.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -11,9 +15,12 @@ import torch.nn.functional as F
 from helpers import TINY, TRAIN, checkpoint, profile_in, run, run_alone
 from two_workers import Group
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+REHEARSED = bool(os.environ.get("REHEARSE")) and not torch.cuda.is_available()  # on the CPU: do the tests run?
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available() and not REHEARSED, reason="needs a GPU")
+not_rehearsed = pytest.mark.skipif(REHEARSED, reason="needs a GPU")
 
-ON_GPU = [flag for flag in TRAIN if flag != "--cpu"]
+# fairseq's flat gradients ask for a GPU
+ON_GPU = [*TRAIN, "--fp16-no-flatten-grads"] if REHEARSED else [flag for flag in TRAIN if flag != "--cpu"]
 
 
 def train(data, save_dir, *arguments, updates=3):
@@ -48,7 +55,7 @@ def test_precision(data, tmp_path, flags, dtype):
     """omega survives the first updates in every precision, so no master copy was made before it was set."""
     result = train(data, tmp_path, *flags.split(), "--fp16-init-scale", "4")
     assert result.code == 0, result.output
-    assert "NVIDIA" in result.output or "CUDA" in result.output
+    assert "NVIDIA" in result.output or "CUDA" in result.output or REHEARSED
     profile, omegas = profiled(tmp_path)
     assert profile["settings"]["dtype"] == dtype
     assert means(tmp_path / "checkpoint_last.pt") == pytest.approx(omegas, abs=0.02)
@@ -92,6 +99,7 @@ def test_two_workers_on_one_gpu(data, tmp_path):
     assert profiled(tmp_path / "two" / "0")[1] == pytest.approx(profiled(tmp_path / "one")[1], rel=1e-5)
 
 
+@not_rehearsed
 def test_kernels(tmp_path):
     """The cases that test_kernels.py interprets on a CPU."""
     pytest.importorskip("triton")
@@ -99,6 +107,7 @@ def test_kernels(tmp_path):
     run_alone(tmp_path, *options, TRITON_INTERPRET="0")
 
 
+@not_rehearsed
 def test_kernels_beyond_2_31_elements():
     """Offsets need 64 bits; the last rows show it. Uses 26 GB."""
     kernels = pytest.importorskip("admin_fairseq.fast.kernels")

@@ -88,21 +88,17 @@ def test_search_stops_where_memory_or_the_data_does():
             raise AdminError("out of memory")
         return {"rounds": {"admin": [{"tokens": min(tokens, data)}]}}
 
-    def sizes(room, data):
-        found, end = speed.search(lambda tokens: measure_at(tokens, room, data), 1000)
-        return [answer["max_tokens"] for answer in found], end
-
-    assert sizes(5000, 10**9) == ([1000, 2000, 4000], "8000: out of memory")
+    assert speed.search(lambda tokens: measure_at(tokens, 5000, 10**9), 1000) == "8000: out of memory"
     assert asked == [1000, 2000, 4000, 8000]
-    assert sizes(10**9, 3000) == ([1000, 2000, 4000], "8000: no larger batch in the data")
+    assert speed.search(lambda tokens: measure_at(tokens, 10**9, 3000), 1000) == "8000: no larger batch in the data"
 
 
 def pretend(setting):
-    """A worker with room for 4096 tokens, fastest at 2048, Admin twice as fast as stock; not for 100-100 as it is."""
+    """A worker with room for 4096 tokens, fastest at 2048, Admin twice as fast as stock; not for stock's 100-100."""
     tokens, (method,), extra = setting["max_tokens"], setting["methods"], setting["extra"]
     if tokens > 4096 or (setting["depth"], extra) == ("100-100", []):
         return {"out of memory": True}
-    if "--admin-fast" in extra and tokens > 1024:
+    if extra[-1:] == ["off"] and tokens > 1024:
         raise AdminError("measuring failed (1): something else")
     step = (0.5 if tokens == 2048 else 2.0) * (1 + (method == "postln"))
     rounds = [{"forward": 0.1, "backward": 0.2, "optimizer": 0.1, "step": step, "tokens": tokens, "flops": 1e12}]
@@ -122,8 +118,9 @@ def report(tmp_path, monkeypatch):
 
 def test_gpu_report(report, capsys):
     """The fastest batch, the largest, memory a token between the two largest, tokens a second beside stock."""
-    stock, admin, failed, checkpointed, _, *deep = table = report(pretend)
-    assert [(row["method"], row["depth"]) for row in table] == [line[:2] for line in speed.PLAN]
+    stock, admin, failed, _, checkpointed, *deep = table = report(pretend)
+    assert [row["depth"] for row in table] == 5 * ["60-12"] + 5 * ["100-100"]
+    assert [(row["method"], row["dtype"]) for row in table] == 2 * [line[:2] for line in speed.PLAN]
     assert (stock["tokens_ratio"], admin["tokens_ratio"], failed["tokens_ratio"]) == pytest.approx((1, 2, 0.25))
     for row in (stock, admin, checkpointed):
         assert (row["max_tokens"], row["largest_max_tokens"]) == (2048, 4096)
@@ -134,14 +131,16 @@ def test_gpu_report(report, capsys):
     assert (failed["max_tokens"], failed["ended_at"]) == (1024, "2048: measuring failed (1): something else")
     assert [("step_s" in row, row["ended_at"]) for row in deep] == [
         (False, "1024: out of memory"),
-        (False, "1024: out of memory"),
+        (True, "8192: out of memory"),
         (True, "2048: measuring failed (1): something else"),
+        (False, "1024: out of memory"),
         (True, "8192: out of memory"),
     ]
     assert "tokens_ratio" not in deep[-1]
     out, err = capsys.readouterr()
     assert "--checkpoint-activations" in out and "fp16" in out and "a sub-layer" not in out
-    assert "admin 100-100 bf16: ended at --max-tokens 1024: out of memory\n" in err
+    assert "postln 100-100 fp16: ended at --max-tokens 1024: out of memory\n" in err
+    assert "admin 60-12 bf16 --admin-fast all, --max-tokens 2048: 4096 tokens a second, 50% of" in err
 
 
 def test_gpu_report_is_written_line_by_line(report, tmp_path):
@@ -172,7 +171,7 @@ def test_a_depth_that_fails_does_not_end_the_others(tmp_path, capsys):
 
 @pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"])
 def test_out_of_memory_is_an_answer(monkeypatch, message):
-    def full(setting):
+    def full(*_):
         raise RuntimeError(message)
 
     monkeypatch.setattr(worker, "compare_methods", full)
@@ -196,6 +195,37 @@ def test_without_a_gpu_says_so_in_a_line(tmp_path, flags):
     with pytest.raises(AdminError, match="no GPU here"):
         speed.main([*flags, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_process_keeps_its_models_while_batches_alone_differ(tmp_path, capfd):
+    """One more update each, on other batches; a setting that fails is named, and the next is measured anew."""
+    base = {"depth": "1-1", "methods": ["admin:loss+adam"], "dtype": "fp32", "device": "cpu", "extra": SMALL.split()}
+    base.update({"data": speed.write_synthetic(tmp_path, 200, 60), "folder": str(tmp_path), "threads": 1, "rounds": 1})
+    base.update({"prepass": False, "generate": False, "matmul": True, "beam": 1, "length": 1})
+    process = speed.Process()
+    small = process({**base, "max_tokens": 100})
+    running = process.running
+    large = process({**base, "max_tokens": 300})
+    assert process.running is running
+    small, large = (answer["rounds"]["admin:loss+adam"][0]["tokens"] for answer in (small, large))
+    assert 0 < small <= 100 < large <= 300
+    with pytest.raises(AdminError, match=r"measuring admin:loss\+adam 1-1 failed \(2\): .*no-such-option"):
+        process({**base, "max_tokens": 100, "extra": ["--no-such-option"]})
+    assert running.poll() is not None and process.running is None
+    process.close()
+
+
+def test_what_a_method_says_is_on(monkeypatch):
+    monkeypatch.setattr(worker, "MEASURED", {"loss": frozenset(), "adam": frozenset(), "beams": frozenset()})
+
+    def on(method):
+        worker.use(method)
+        return {name for name, devices in worker.MEASURED.items() if "cpu" in devices}
+
+    assert on("admin") == on("admin:off") == set()
+    assert on("admin:loss+adam") == {"loss", "adam"} == on("postln")  # as it was
+    assert on("admin:all") == {"loss", "adam", "beams"}
+    assert {"attention+one projection", "sub-layer", "off"} < set(speed.FEATURES)
 
 
 @pytest.mark.slow
