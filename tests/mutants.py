@@ -151,7 +151,8 @@ class Mutants:
         assert not self._fork(self.source, items[:3], False), "the tests fail in a fork without a mutant"
         self.all = self._affordable(items)
         self.runs_again = self.tables and not self._fork(self.source, self.all, True)
-        print(f"{'its' if self.runs_again else 'no'} tables are mutated, too", file=sys.__stderr__)
+        if self.tables and not self.runs_again:
+            print("the tests fail when the module is run again: no table is mutated", file=sys.__stderr__)
         counts: dict[str, int] = collections.Counter()
         for number, (first, last, code) in enumerate(mutants(self.source)):
             if number % self.every or (self.only and not first <= int(self.only) <= last):
@@ -203,7 +204,7 @@ class Mutants:
         )
         if (again and changed != inner) or not chosen:  # a table, or what only an import calls
             again, chosen = True, self.all
-        if again and not self.runs_again:
+        if again != self.tables or (again and not self.runs_again):
             return "left out"
         return "killed" if self._fork(code, chosen, again) else "survives" + " (module run again)" * again
 
@@ -261,7 +262,7 @@ def main() -> None:
     parser.add_argument(
         "--budget", type=float, default=4, help="seconds of tests that a mutant may take, of the quickest"
     )
-    parser.add_argument("--tables", action="store_true", help="mutate what is not in a function, too")
+    parser.add_argument("--tables", action="store_true", help="those outside functions instead of those inside")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     for name in arguments.files or TESTS:

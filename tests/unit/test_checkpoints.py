@@ -161,7 +161,7 @@ def test_settings_that_are_refused(options, message):
         {"encoder_embed_dim": None, "activation_fn": None, "decoder_output_dim": None},
         {"max_source_positions": 2**20, "max_target_positions": 1},
         {"dropout": 1, "attention_dropout": 0, "encoder_layerdrop": 0.5},
-        {"encoder_learned_pos": True, "activation_fn": "gelu"},
+        {"encoder_learned_pos": True, "decoder_learned_pos": False, "activation_fn": "gelu"},
         {"adaptive_softmax_factor": 2.5, "decoder_output_dim": 8, "decoder_input_dim": "8"},
         {"encoder_attention_heads": 1, "unknown": "anything"},
         {"encoder_attention_heads": 4},
