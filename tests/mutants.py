@@ -119,7 +119,7 @@ def own(code: types.CodeType) -> Any:
 
 
 class Mutants:
-    def __init__(self, name: str, every: int, only: str, budget: float, tables: bool) -> None:
+    def __init__(self, name: str, every: int, only: set[int], budget: float, tables: bool) -> None:
         self.path = ROOT / "admin_fairseq" / f"{name}.py"
         self.module = "admin_fairseq." + name.replace("/", ".")
         self.source = self.path.read_text(encoding="utf-8")
@@ -155,9 +155,9 @@ class Mutants:
             print("the tests fail when the module is run again: no table is mutated", file=sys.__stderr__)
         counts: dict[str, int] = collections.Counter()
         for number, (first, last, code) in enumerate(mutants(self.source)):
-            if number % self.every or (self.only and not first <= int(self.only) <= last):
-                continue
             lines = set(range(first, last + 1))
+            if number % self.every or (self.only and not self.only & lines):
+                continue
             chosen = self._affordable([item for item in items if lines & self.reached[item]])
             result = self._mutant(code, chosen)
             counts[result.partition(" (")[0]] += 1
@@ -258,7 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("files", nargs="*", help=f"of {', '.join(TESTS)}; default: all")
     parser.add_argument("--every", type=int, default=1, help="take one mutant in so many")
-    parser.add_argument("--line", default="", help="only those of this line")
+    parser.add_argument("--lines", type=int, nargs="*", default=[], help="only those of these lines")
     parser.add_argument(
         "--budget", type=float, default=4, help="seconds of tests that a mutant may take, of the quickest"
     )
@@ -271,7 +271,7 @@ def main() -> None:
         if not child:
             code = pytest.main(
                 ["-p", "no:cacheprovider", "-x", "--tb=no", *tests],
-                [Mutants(name, arguments.every, arguments.line, arguments.budget, arguments.tables)],
+                [Mutants(name, arguments.every, set(arguments.lines), arguments.budget, arguments.tables)],
             )
             os._exit(int(code))
         os.waitpid(child, 0)

@@ -4,6 +4,7 @@ import math
 import os
 import re
 from argparse import Namespace
+from pathlib import Path
 
 import hostile
 import pytest
@@ -72,22 +73,19 @@ def test_layers_by_stack():
     checks.check_weights({**own, **wide})  # each stack has a width of its own
 
 
-@pytest.mark.parametrize("name", LETTERS)
-def test_each_shape(name):
+def test_each_shape():
     own = weights()
-    shape = tuple(own[name].shape)
-    for other in ((*shape, 1), (0, *shape[1:]), shape[1:]):
-        refused(
-            rf"its weight {re.escape(name)} is of shape \({', '.join(map(str, other))}",
-            checks.check_weights,
-            {**own, name: torch.ones(other)},
-        )
-    for place, letter in enumerate(LETTERS[name]):
-        other = [size + (number == place) for number, size in enumerate(shape)]
-        if letter == "*":
-            checks.check_weights({**own, name: torch.ones(other)})
-        else:
-            refused(r"is of shape \(.*, not \(", checks.check_weights, {**own, name: torch.ones(other)})
+    for name, letters in LETTERS.items():
+        shape = tuple(own[name].shape)
+        for other in ((*shape, 1), (0, *shape[1:]), shape[1:]):
+            start = rf"its weight {re.escape(name)} is of shape \({', '.join(map(str, other))}"
+            refused(start, checks.check_weights, {**own, name: torch.ones(other)})
+        for place, letter in enumerate(letters):
+            changed = {**own, name: torch.ones([size + (number == place) for number, size in enumerate(shape)])}
+            if letter == "*":
+                checks.check_weights(changed)
+            else:
+                refused(r"is of shape \(.*, not \(", checks.check_weights, changed)
 
 
 @pytest.mark.parametrize(
@@ -344,10 +342,30 @@ def test_load_says_which_file(tmp_path):
         ({"model": []}, r"is not a fairseq checkpoint \(its weights are not a dictionary\)"),
         ({"model": {3: torch.ones(1)}}, r"is not a fairseq checkpoint \(a weight's name is not text\)"),
         ([], "is not a fairseq checkpoint"),
+        ({"model": {}, "a": Path()}, r"holds an object of pathlib\S+, which safe loading does not read; nothing in"),
     ],
 )
 def test_other_states(tmp_path, state, message):
     refused(f"^{tmp_path}/c.pt {message}", files.load, written(tmp_path, state))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "KeyError"),
+        ("first\nsecond", "'first"),
+        ("x" * 300, f"'{'x' * 199}"),
+        ("use weights_only=False", "it is not made of tensors and plain data"),
+    ],
+)
+def test_whatever_torch_says(tmp_path, text, reason):
+    error = KeyError(text) if text else KeyError()
+
+    def complain(*_, **__):
+        raise error
+
+    with open(written(tmp_path, {}), "rb") as file:
+        refused(rf"c\.pt is not a fairseq checkpoint \({reason}", files.read, file, complain)
 
 
 def test_many_names_for_the_same_numbers(tmp_path):
@@ -393,7 +411,10 @@ def test_forms_of_settings():
     assert files.settings({"args": flat}) == files.settings({"args": Namespace(**flat), "cfg": sections}) == expected
     for cfg in (sections, OmegaConf.create(sections), {**sections, "model": Namespace(**sections["model"])}):
         assert files.settings({"args": None, "cfg": cfg}) == expected
-    named = files.settings({"cfg": {**sections, "task": {"_name": "translation", "source_lang": "de"}}})
+    named = files.settings(
+        {"cfg": {**sections, "task": {"_name": "translation", "source_lang": "de", "encoder": {"layers": 3}}}}
+    )
+    assert named.encoder == {"layers": 3}  # of a model's section it would be encoder_layers
     assert (named.arch, named.task, named.source_lang, hasattr(named, "_name")) == ("x", "translation", "de", False)
     assert files.settings({"args": {"dropout": 0.1}}) == Namespace(arch=None, dropout=0.1)
     refused("^it holds no settings$", files.settings, {"args": None, "cfg": []})
