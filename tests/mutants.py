@@ -35,7 +35,7 @@ TESTS = {
     "hooks": ["unit/test_hooks.py", "unit/test_errors.py", "unit/test_watch.py", *READING],
     "checkpoints/files": READING,
     "checkpoints/checks": READING,
-    "checkpoints/unpickling": [*READING, "commands/test_legacy.py"],
+    "checkpoints/unpickling": READING,
     "checkpoints/guard": READING,
 }
 SECONDS = 60  # a mutant that takes longer counts as found

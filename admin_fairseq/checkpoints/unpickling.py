@@ -123,6 +123,11 @@ def _encode(text: str, encoding: str = "utf-8") -> bytes:
     return text.encode(encoding)
 
 
+def _no_bytes() -> bytes:
+    """How it writes none, as those of an empty array."""
+    return b""
+
+
 def _tensor(storage: Any, offset: int, size: Any, stride: Any, requires_grad: bool = False, *_: Any) -> torch.Tensor:
     """torch's ``_rebuild_tensor_v2`` within the bytes that the file has for it."""
     numbers = (offset, *size, *stride)
@@ -141,6 +146,7 @@ def _nothing(*_: Any) -> None:
 
 _CALLED: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _encode,
+    "builtins.bytes": _no_bytes,
     "collections.OrderedDict": OrderedDict,
     "collections.defaultdict": lambda *_: {},
     "torch._utils._rebuild_tensor_v2": _tensor,

@@ -1,19 +1,22 @@
 """What a checkpoint must hold, and how it is read: each part that may be wrong, in one line."""
 
+import io
 import math
 import os
+import pickle
 import re
 from argparse import Namespace
 from pathlib import Path
 
 import hostile
+import numpy as np
 import pytest
 import torch
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from omegaconf import OmegaConf
 
 from admin_fairseq import AdminError
-from admin_fairseq.checkpoints import checks, files
+from admin_fairseq.checkpoints import checks, files, unpickling
 
 FILES = hostile.files()
 SIZES = {"d": 4, "f": 8, "*": 6}
@@ -436,3 +439,81 @@ def test_a_hostile_file_is_not_read(tmp_path, monkeypatch, what):
     (tmp_path / "bad.pt").write_bytes(FILES[what]())
     refused("^bad.pt", files.load, "bad.pt")
     assert os.listdir(tmp_path) == ["bad.pt"]
+
+
+def stored(count, kind="FloatStorage", key="0"):
+    """A checkpoint with a tensor of so many numbers, of 64 bytes in the file."""
+    count = hostile.number(count)
+    rest = b"K\0" + count + b"\x85" + b"K\1\x85" + b"\x89" + hostile.call("collections", "OrderedDict", b"")
+    value = hostile.storage(count, key, kind) + rest
+    return hostile.archive(hostile.state(hostile.call("torch._utils", "_rebuild_tensor_v2", value)))
+
+
+@pytest.mark.parametrize(("kind", "most"), [("FloatStorage", 16), ("HalfStorage", 32), ("DoubleStorage", 8)])
+def test_a_tensor_has_its_own_part_of_the_file(tmp_path, kind, most):
+    (tmp_path / "c.pt").write_bytes(stored(most, kind))
+    assert len(files.load(str(tmp_path / "c.pt"))["odd"]) == most
+    for count, key in ((most + 1, "0"), (1, "9")):
+        (tmp_path / "c.pt").write_bytes(stored(count, kind, key))
+        refused(f"a tensor of {count} numbers is larger than its part", files.load, str(tmp_path / "c.pt"))
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "stride", "fits"),
+    [
+        *((0, (4, 4), (4, 1), True), (0, (4, 4), (1, 4), True), (0, (16,), (1,), True), (15, (), (), True)),
+        *((2, (3, 2), (6, 1), True), (3, (3, 2), (6, 1), False), (1, (16,), (1,), False), (16, (), (), False)),
+        *((99, (0, 3), (3, 1), True), (0, (17,), (0,), False), (0, (16,), (0,), True)),
+    ],
+)
+def test_a_tensor_ends_where_its_storage_does(offset, size, stride, fits):
+    numbers = torch.arange(16.0)
+    if fits:
+        read = unpickling._tensor(numbers.storage(), offset, size, stride, True)
+        assert read.requires_grad and torch.equal(read, numbers.as_strided(size, stride, offset if read.numel() else 0))
+    else:
+        with pytest.raises(pickle.UnpicklingError, match="has only 16 numbers in the file"):
+            unpickling._tensor(numbers.storage(), offset, size, stride)
+
+
+def test_an_empty_tensor_and_a_dtype(tmp_path):
+    state = files.load(written(tmp_path, {"model": {"w": torch.zeros(0)}, "dtype": torch.float16}))
+    assert (len(state["model"]["w"]), state["dtype"]) == (0, torch.float16)
+    for module, name in (("other", "FloatStorage"), ("torch", "load"), ("other", "float16")):
+        with pytest.raises(pickle.UnpicklingError, match=f"^Unsupported global: GLOBAL {module}.{name}$"):
+            unpickling.SafePickle.Unpickler(io.BytesIO()).find_class(module, name)
+
+
+@pytest.mark.parametrize("state", [3, (), (3, "<"), (3, ">", None, None, None), (3, "<", 1, None, None)])
+def test_dtypes_of_other_than_numbers(state):
+    with pytest.raises(pickle.UnpicklingError, match=r"^Unsupported class numpy\.dtype of other than numbers$"):
+        unpickling.PlainType("f4").__setstate__(state)
+    unpickling.PlainType("f4").__setstate__((3, "|", None, None, None))
+    with pytest.raises(pickle.UnpicklingError, match=r"^Unsupported class numpy\.dtype\('O8'\)$"):
+        unpickling.PlainType("O8")
+    with pytest.raises(pickle.UnpicklingError, match=r"^an array's values are not bytes$"):
+        unpickling.PlainType("f4").values(bytearray(4))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (0,), (6,), ()])
+@pytest.mark.parametrize("order", "CF")
+def test_arrays(tmp_path, shape, order):
+    array = np.array(np.arange(np.prod(shape)).reshape(shape), order=order, dtype="f4")
+    read = files.load(written(tmp_path, {"model": {}, "a": array}))["a"]
+    assert np.array_equal(read, array)
+    assert (read.dtype, read.flags.f_contiguous, read.flags.c_contiguous) == (
+        *(array.dtype, array.flags.f_contiguous, array.flags.c_contiguous),
+    )
+
+
+def test_bytes_are_not_made_by_a_number(tmp_path):
+    (tmp_path / "c.pt").write_bytes(hostile.archive(hostile.state(hostile.call("builtins", "bytes", hostile.LONG))))
+    refused("is not a fairseq checkpoint", files.load, str(tmp_path / "c.pt"))
+
+
+@pytest.mark.parametrize("shape", [(-1,), (1.0,), (True,)])
+def test_arrays_of_no_shape(shape):
+    kind = unpickling.PlainType("f4")
+    for given, of in ((shape, kind), ((1,), np.dtype("f4"))):
+        with pytest.raises(pickle.UnpicklingError, match=r"^an array is not one of numbers$"):
+            unpickling.PlainArray().__setstate__((1, given, of, False, bytes(4)))
