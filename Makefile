@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # with a GPU; the pinned torch is for CPUs, so say which Python has one: make gpu-report PYTHON=...
 OUT ?= gpu-report
 
-.PHONY: help demo lint test test-recipes test-robustness kills fuzz test-all test-slow gpu-report clean
+.PHONY: help demo lint test test-recipes test-robustness kills fuzz test-all test-slow coverage mutants gpu-report clean
 
 help:
 	@echo "make demo       train an 18-18 Transformer as Post-LN, Pre-LN and Admin, compare and draw (about 10 minutes)"
@@ -19,6 +19,8 @@ help:
 	@echo "make kills      50 kills a command and a step of a recipe, instead of the 2 of test-all"
 	@echo "make fuzz       10,000 damaged checkpoints and profiles against every command"
 	@echo "make test-slow  tests that take minutes each: 72 layers at full width"
+	@echo "make coverage   branches of the core that the tests of 'make test' reach (installs coverage in $(VENV))"
+	@echo "make mutants    which changed lines no test notices: FILES=\"norm checkpoints/files\" (installs mutmut in $(VENV))"
 	@echo "make gpu-report PYTHON=python  all that only a GPU shows, in nine minutes, with a Python that has torch for it"
 	@echo "make clean      remove the environment and the demo's output"
 
@@ -53,6 +55,16 @@ test-all: test
 
 test-slow: $(READY)
 	$(PYTEST) -m slow
+
+coverage: $(READY)
+	$(PIP) coverage
+	$(BIN)/python -m coverage run -m pytest tests/unit tests/commands --deselect $(KERNELS)
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report
+
+mutants: $(READY)
+	$(PIP) coverage mutmut
+	$(BIN)/python tests/mutants.py $(FILES)
 
 gpu-report:
 	PYTHON=$(PYTHON) benchmarks/gpu.sh $(OUT)

@@ -129,8 +129,8 @@ def _as_measured(model: AdminModel) -> Iterator[None]:
         if isinstance(module, (LayerDropModuleList, nn.Linear)):
             module.training = False
         # --quant-noise-scalar puts modules with such a counter in their place, and hooks on their outputs
-        owners = [module] if hasattr(module, "update_step") else []
-        owners += [inspect.getclosurevars(hook).nonlocals.get("self") for hook in module._forward_hooks.values()]
+        hooks = module._forward_hooks.values()
+        owners = [module, *(inspect.getclosurevars(hook).nonlocals.get("self") for hook in hooks)]
         quantizers += [owner for owner in owners if hasattr(owner, "update_step")]
     states = [{name: vars(owner)[name] for name in QUANTIZER_STATE if name in vars(owner)} for owner in quantizers]
     try:

@@ -124,6 +124,11 @@ def _encode(text: str, encoding: str = "utf-8") -> bytes:
     return text.encode(encoding)
 
 
+def _no_bytes() -> bytes:
+    """How it writes none, as those of an empty array."""
+    return b""
+
+
 def _key(key: Any) -> Any:
     """A name in a dictionary: of a kind whose hash is quick."""
     for each in key if type(key) is tuple else (key,):
@@ -181,6 +186,7 @@ def _nothing(*_: Any) -> None:
 
 _CALLED: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _encode,
+    "builtins.bytes": _no_bytes,
     "collections.OrderedDict": _ordered,
     "collections.defaultdict": lambda *_: {},
     "torch._utils._rebuild_tensor_v2": _tensor,
@@ -432,13 +438,15 @@ def _check_data(state: Any, most: int) -> None:
     waiting = [(state, 0)]
     while waiting:
         value, level = waiting.pop()
-        if isinstance(value, _VALUES) or id(value) in seen:
+        if isinstance(value, torch.Tensor):  # under each of its names
+            most -= value.numel() * value.element_size()
+        if most < 0:
+            raise pickle.UnpicklingError("its weights are many times as large as the file")
+        if isinstance(value, (torch.Tensor, *_VALUES)) or id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, torch.Tensor):
-            most -= value.numel() * value.element_size()
-            inner: Iterable[Any] = ()
-        elif isinstance(value, _LISTS):
+        inner: Iterable[Any]
+        if isinstance(value, _LISTS):
             inner = value
         elif isinstance(value, dict):
             inner = [*value.values(), *vars(value).values()] if isinstance(value, OrderedDict) else value.values()
@@ -448,8 +456,6 @@ def _check_data(state: Any, most: int) -> None:
             inner = vars(value).values()
         else:
             raise pickle.UnpicklingError(f"it holds a {type(value).__name__}, which is no data")
-        if most < 0:
-            raise pickle.UnpicklingError("its weights are many times as large as the file")
         if level > DEEPEST:
             raise pickle.UnpicklingError(f"its values are nested more than {DEEPEST} deep")
         waiting.extend((each, level + 1) for each in inner)

@@ -251,6 +251,29 @@ def test_only_the_right_models(build):
     admin, _, cfg = build("transformer_admin")
     with pytest.raises(AdminError, match="architecture transformer_admin, not of a stock"):
         unfold(state_of(admin, cfg))
+    odd = state_of(stock, build("transformer")[2])
+    odd["model"] = {name.replace("_layer_norm", "_norm"): weight for name, weight in odd["model"].items()}
+    with pytest.raises(AdminError, match="no LayerNorms of the names"):
+        unfold(odd)
+
+
+@pytest.mark.parametrize("arch", ["transformer_iwslt_de_en", "transformer_postln"])
+def test_unfold_of_a_named_architecture(build, arch):
+    """The sizes that it stands for go with it; those of Admin's own architecture are the same as Post-LN's."""
+    stock, _, cfg = build("transformer")
+    args = unfold({**state_of(stock, cfg), "args": Namespace(arch=arch, encoder_layers=3)})["args"]
+    assert (args.arch, args.encoder_layers) == ("transformer_admin", 3)
+    assert getattr(args, "encoder_ffn_embed_dim", None) == (1024 if "iwslt" in arch else None)
+
+
+def test_what_cannot_be_untied(build):
+    admin, _, cfg = build("transformer_admin", *SHARED)
+    state = state_of(randomise(admin, first=True), cfg)
+    with pytest.raises(AdminError, match="--untie makes new weights, which have no state for --keep-optimizer"):
+        fold(state, untie=True, keep_optimizer=True)
+    del state["model"]["encoder.embed_tokens.weight"]
+    with pytest.raises(AdminError, match="first omega of the encoder is not 1, and its embeddings cannot be untied"):
+        fold(state, untie=True)
 
 
 @pytest.mark.parametrize("options", VARIANTS[:4], ids=" ".join)
@@ -310,6 +333,15 @@ def test_other_optimizer_states_are_refused(build, batch):
     with pytest.raises(AdminError, match="no optimizer state"):
         fold(state, keep_optimizer=True)
     state["last_optimizer_state"] = adam_state(admin, batch())
+    sgd = {**state, "cfg": {**state["cfg"], "optimizer": {"_name": "sgd"}}}
+    groups = {**state["last_optimizer_state"], "param_groups": 2 * state["last_optimizer_state"]["param_groups"]}
+    for other in (sgd, {**state, "last_optimizer_state": groups}):
+        with pytest.raises(AdminError, match="not that of --optimizer adam with one entry a parameter"):
+            fold(other, keep_optimizer=True)
+    bad = copy.deepcopy(state)
+    bad["last_optimizer_state"]["state"][1]["exp_avg_sq"] = torch.ones(3)
+    with pytest.raises(AdminError, match=r"the state's entry for .* is of another shape"):
+        fold(bad, keep_optimizer=True)
     del state["last_optimizer_state"]["param_groups"][0]["params"][1:]  # as with --fp16's one flat tensor
     with pytest.raises(AdminError, match="one entry a parameter"):
         fold(state, keep_optimizer=True)

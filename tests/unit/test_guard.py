@@ -164,6 +164,7 @@ def test_each_option_by_its_form(name):
     bad += [] if form == "a dictionary" else ["{}"]
     bad += ["'text'"] if form in ("numbers", "lists of numbers", "a dictionary") else []
     bad += ["[[[1]]]"] if form != "a dictionary" else ["[1]"]
+    bad += [] if form in ("lists of numbers", "a dictionary") else ["[[1]]"]
     bad += ["(" * 300 + ")" * 300, "[1", "\0"]
     for text in bad:
         with pytest.raises(AdminError, match=f"its setting {name} is .*, which fairseq would run as code; read are"):
@@ -179,10 +180,20 @@ def test_each_option_by_its_form(name):
         ("{'a': {1, 2}, 'b': None}", {"a": {1, 2}, "b": None}),
         ("2 * 3 - 4 / 2", 4.0),
         (b"True", True),
+        ("[0] * 10000", [0] * 10000),
+        ("[0] * 0", []),
+        ("'' * 1", ""),
     ],
 )
 def test_literals(text, value):
     assert literal(text) == value
+
+
+@pytest.mark.parametrize("text", ["[0] * 10001", "[0] * -1", "[0] * 1e9", "10 ** 9", "x" * 100])
+def test_other_texts_are_named_in_short(text):
+    shown = repr(text) if len(text) < 60 else "'" + "x" * 56 + "..."
+    with pytest.raises(AdminError, match=rf"^fairseq would run {re.escape(shown)} as code; it must be a plain value$"):
+        literal(text)
 
 
 def test_fairseq_evaluates_literals_only(tmp_path):
@@ -231,6 +242,33 @@ def test_settings_of_absurd_size(tmp_path):
     for value in (b"True", torch.ones(1), {(1, 2): 3}):
         with pytest.raises(AdminError, match=r"no value|not text"):
             read(tmp_path, {"args": {"adam_betas": value}})
+
+
+def nested(levels, kind):
+    value = 0
+    for _ in range(levels):
+        value = [value] if kind is list else {"a": value}
+    return value
+
+
+@pytest.mark.parametrize("kind", [list, dict])
+def test_how_deep_and_how_many(kind):
+    assert checked(nested(20, kind)) == nested(20, kind)
+    assert len(checked([0] * 99_999)) == 99_999
+    for value in (nested(21, kind), [0] * 100_000):
+        with pytest.raises(AdminError, match="more values than settings do"):
+            checked(value)
+
+
+def test_names_and_attributes():
+    assert checked({None: 1, 2: (3,)}) == {None: 1, 2: (3,)}
+    with pytest.raises(AdminError, match=r"^its settings have a name that is not text: of tuple$"):
+        checked({(1, 2): 3})
+    with pytest.raises(AdminError, match=r"^its setting task is of list, which is no name$"):
+        checked({"task": ["x"]})
+    read = checked(with_attribute("user_dir", "x"), forgets=True)
+    assert (dict(read), vars(read)) == ({"user_dir": None}, {"user_dir": None})  # as fold writes them
+    assert type(checked(OrderedDict(a=1))) is dict
 
 
 def test_a_registry_is_asked_for_names_only():

@@ -1,3 +1,4 @@
+import inspect
 import json
 import math
 
@@ -71,12 +72,16 @@ def test_omega_follows_the_authors_rule(build, batch, same_length, margin):
     assert result.margin == margin
     for name, stack in model.stacks().items():
         assert getattr(result, name) == pytest.approx(expected[name], rel=1e-5)
+        variances = zip(result.shortcut_variance[name], result.branch_variance[name])
+        following = [math.sqrt(shortcut + margin * branch) for shortcut, branch in variances]
+        assert following[:-1] == pytest.approx(expected[name][1:], rel=1e-5) and len(following) == 6
         filled = [norm.omega.unique().item() for norm in sub_layers(stack).values()]
         assert filled == pytest.approx(expected[name], rel=1e-5)
     assert result.tokens == {
         "encoder": net_input["src_tokens"].ne(1).sum(),
         "decoder": net_input["prev_output_tokens"].ne(1).sum(),
     }
+    assert {type(count) for count in result.tokens.values()} == {int}
 
 
 def test_padding_does_not_enter(build, batch):
@@ -98,6 +103,7 @@ def test_variance_is_measured_after_dropout(build, batch):
     dropped, _, _ = build("transformer_admin", "--encoder-layers", "1", *NO_DROPOUT)
     for norm in sub_layers(dropped.encoder).values():
         norm.dropout.p = 0.5
+    dropped.eval()  # as analyses have it; the pre-pass is in train mode
     before = profile(plain, [(net_input, True)]).branch_variance["encoder"][0]
     assert profile(dropped, [(net_input, True)]).branch_variance["encoder"][0] == pytest.approx(2 * before, rel=0.1)
 
@@ -111,6 +117,7 @@ def test_several_batches_count_as_one(build, batch):
     assert pooled.encoder == pytest.approx(whole.encoder, rel=1e-5)
     assert pooled.decoder == pytest.approx(whole.decoder, rel=1e-5)
     assert pooled.tokens == whole.tokens
+    assert (pooled.batches, whole.batches) == (3, 1)
 
 
 def test_several_batches_are_reproducible_with_dropout(build, batch):
@@ -120,6 +127,28 @@ def test_several_batches_are_reproducible_with_dropout(build, batch):
     first = profile(model, parts)
     torch.manual_seed(1)
     assert profile(model, parts) == first
+
+
+def test_what_a_batch_is_unless_it_says_otherwise(build, batch):
+    model, _, _ = build("transformer_admin", "--dropout", "0.3", "--encoder-layers", "1", "--decoder-layers", "1")
+    net_input = batch()["net_input"]
+    plain, counted, other = (profile(model, [(net_input, *rest)]) for rest in ((), (True, 1), (True, 2)))
+    assert plain == counted != other
+
+
+def test_a_language_model_reads_its_source(build_lm):
+    model, _, _ = build_lm("transformer_lm_admin", "--decoder-layers", "1")
+    tokens = torch.tensor([[5, 6, 7], [8, 9, model.decoder.padding_idx]])
+    assert profile(model, [({"src_tokens": tokens}, True)]).tokens == {"decoder": 5}
+
+
+def test_the_bar_counts_sub_layers(build, batch, bars, capsys):
+    model, _, _ = build("transformer_admin", *NO_DROPOUT)
+    sample = (batch()["net_input"], True)
+    profile(model, [sample, sample], progress=True)
+    profile(model, [sample])
+    assert [bar.n for bar in bars] == [bars[0].total, 0] == [24, 0]  # the second is not shown
+    assert not capsys.readouterr().err  # it was quick
 
 
 def test_a_batch_that_does_not_count(build, batch):
@@ -163,15 +192,17 @@ def test_scalar_quantisation_noise_is_off_and_left_as_it_was(build, batch, monke
     cfg.model.quant_noise_scalar = 0.5
     quantize_model_scalar(model, cfg.model)
     quantised = [module for module in model.modules() if isinstance(module, IntLinear)]
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    activations = [inspect.getclosurevars(hook).nonlocals["self"] for hook in hooks]
     sample = (batch()["net_input"], True)
     noisy, exact = profile(model, [sample]), profile(plain, [sample])
     assert noisy.encoder == pytest.approx(exact.encoder, rel=5e-3)  # it clamps weights to what 8 bits hold
-    assert len(quantised) > 20
+    assert min(len(quantised), len(activations)) > 20
 
     def states():
-        return [(module.p, module.counter, getattr(module, "scale", None)) for module in quantised]
+        return [(module.p, module.counter, getattr(module, "scale", None)) for module in (*quantised, *activations)]
 
-    assert states() == [(0.5, 0, None)] * len(quantised)
+    assert states() == [(0.5, 0, None)] * len(quantised) + [(0, 0, None)] * len(activations)
     model(**sample[0])
     before = states()
     assert max(counter for _, counter, _ in before) == 1
@@ -186,6 +217,7 @@ def test_moments_are_summed_in_double_precision(dtype):
     values = torch.full((60_000,), 3.0, dtype=dtype)
     values[::2] = 5.0
     assert _variance(_moments(values)) == 1.0
+    assert math.isnan(_variance(_moments(values[:0])))
 
 
 @pytest.mark.parametrize("batches", [1, 2])
