@@ -95,7 +95,7 @@ def opened():
 
 def test_no_file_that_an_option_names_is_opened():
     found = opened()
-    assert found >= {"post_save_script", "bpe_codes", "replace_unk", "encoder_embed_path"}
+    assert found >= {"bpe_codes", "replace_unk", "encoder_embed_path"}
     assert found - set(FORGOTTEN) - READ - {"generation"} == set()
     assert "save_predictions" in FORGOTTEN  # a parameter there
 
