@@ -19,15 +19,16 @@ search() {
 
 # the newest LAST epochs' checkpoints, as words NAME@TIME: steps that were given others are done again
 newest_checkpoints() {
-    find "$RUN" -maxdepth 1 -regex '.*/checkpoint[0-9]+\.pt' -printf '%f@%T@\n' 2>/dev/null | sort -Vr | head -n "$LAST"
+    find -H "$RUN" -maxdepth 1 -regex '.*/checkpoint[0-9]+\.pt' -printf '%f@%T@\n' 2>/dev/null | sort -Vr | head -n "$LAST"
 }
 
 # average NAME@TIME...
 average() {
     if [ $# -lt "$LAST" ]; then say "note: only $# of $LAST checkpoints are there to average"; fi
-    set -- "${@%@*}"
+    local checkpoint inputs=()
+    for checkpoint in "${@%@*}"; do inputs+=("$RUN/$checkpoint"); done
     cd "$REPOSITORY"  # from where modules are imported
-    PYTHONPATH=$REPOSITORY python -m admin_fairseq average --inputs "${@/#/$RUN/}" --output "$OUT/average.pt"
+    PYTHONPATH=$REPOSITORY python -m admin_fairseq average --inputs "${inputs[@]}" --output "$OUT/average.pt"
 }
 
 # generate DICTIONARIES BEAM LENPEN NAME@TIME...
