@@ -76,10 +76,10 @@ folder() {
     case ${!1} in
         "") die "$1 is empty: give a folder, or leave it unset" ;;
         -*) die "$1=${!1}: a path must not begin with a dash; if you mean it, write ./${!1}" ;;
-        *:* | *$'\n'*) die "$1=${!1}: fairseq takes no path with a colon or the end of a line in it" ;;
         /*) ;;
         *) printf -v "$1" %s "$PWD/${!1}" ;;
     esac
+    [[ ${!1} != *[:$'\n']* ]] || die "$1=${!1}: fairseq takes no path with a colon or the end of a line in it"
 }
 
 # path_or_none NAME

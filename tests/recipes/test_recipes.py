@@ -184,6 +184,13 @@ FINE = {
 }
 
 
+def test_a_relative_folder_where_the_working_directory_has_a_colon(tmp_path):
+    (tmp_path / "a:b").mkdir()
+    result = script("multi30k_de_en", "train", folder=tmp_path / "a:b", DATA="data", DRY_RUN="1")
+    assert result.returncode == 1
+    assert f"error: DATA={tmp_path}/a:b/data: fairseq takes no path with a colon" in result.stdout.splitlines()[-1]
+
+
 @pytest.mark.parametrize("name", ["prepare", "train", "evaluate"])
 def test_every_setting_of_every_script_is_looked_at(tmp_path, name):
     """What it cannot be ends the script before anything is made."""
