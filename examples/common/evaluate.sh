@@ -4,7 +4,7 @@
 
 setting METHOD admin "names the default RUN, as in train.sh" method
 setting DEPTH 6 "the same" depth
-setting SEED 1111 "the same" whole 0
+setting SEED 1111 "the same" seed
 setting DATA "data/$RECIPE" "the data-bin that prepare.sh made" folder
 setting RUN "runs/$RECIPE/$METHOD-$DEPTH-$SEED" "the training's folder; results go to RUN/test" folder
 setting LAST 10 "average the newest so many epochs' checkpoints, or as many as there are" whole 1

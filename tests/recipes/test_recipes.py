@@ -148,6 +148,7 @@ def test_a_step_whose_child_dies_is_not_done(finished, tmp_path):
         ("prepare", {"WORKERS": "0"}, "WORKERS=0: give a whole number of at least 1"),
         ("train", {"EPOCHS": "0"}, "EPOCHS=0"),
         ("train", {"SEED": "-1"}, "SEED=-1"),
+        ("train", {"SEED": "4000000000"}, "SEED=4000000000: give a whole number below 4000000000"),
         ("train", {"LR": "fast"}, "LR=fast: give a number"),
         ("train", {"GPUS": "-1"}, "GPUS=-1"),
         ("train", {"GPUS": "08"}, "GPUS=08"),
