@@ -19,7 +19,6 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import AsyncIterator
-from urllib.parse import urlsplit
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "common")]
@@ -188,12 +187,13 @@ def refuse_other_sites(request: Request) -> None:
     Raises:
         HTTPException: the browser says that it is such a page's request.
     """
-    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
-    if site is not None:
-        is_own = site in ("same-origin", "none")
-    else:  # not a browser, or an old one
-        names = [request.headers.get(name) for name in ("host", "x-forwarded-host")]
-        is_own = origin is None or urlsplit(origin).netloc in names
+    sites, origins, proxied, hosts = map(
+        request.headers.getlist, ("sec-fetch-site", "origin", "x-forwarded-host", "host")
+    )
+    if sites:
+        is_own = {*sites} <= {"same-origin", "none"}
+    else:  # not a browser, or an old one, which lets no page set X-Forwarded-Host
+        is_own = all(origin.split("://")[-1] == host for origin in origins for host in proxied or hosts)
     if not is_own:
         raise HTTPException(403, "only the translator's own page may use it from a browser")
 

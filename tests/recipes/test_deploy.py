@@ -513,6 +513,10 @@ def test_bytes_that_trickle_in_are_no_request(echo):
         ({"Origin": "http://127.0.0.1:1", "Content_Type": "application/json"}, 403),
         ({"Sec_Fetch_Site": "cross-site", "Content_Type": "text/plain"}, 403),
         ({"Sec_Fetch_Site": "same-site"}, 403),
+        ({"Sec_Fetch_Site": "same-origin", "sec_fetch_site": "cross-site"}, 403),
+        ({"Origin": "http://[evil"}, 403),
+        ({"Origin": "https://a.example.com", "X_Forwarded_Host": "a.example.com", "x_forwarded_host": "b"}, 403),
+        ({"Origin": "http://127.0.0.1:{port}", "X_Forwarded_Host": "a.example.com"}, 403),
         ({"Sec_Fetch_Site": "same-origin", "Origin": "https://translate.example.com"}, 200),  # behind a proxy
         ({"Origin": "https://translate.example.com", "X_Forwarded_Host": "translate.example.com"}, 200),
         ({"Origin": "http://127.0.0.1:{port}", "Content_Type": "text/plain"}, 200),  # our page
