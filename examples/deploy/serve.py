@@ -146,11 +146,13 @@ class Batcher:
 class Connection(H11Protocol):
     """uvicorn's, with an end to a client's patience: half-sent requests and their number are limited."""
 
+    made: float  # when
     waits_for_head: asyncio.TimerHandle | None = None
     is_refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        self.made = self.loop.time()
         self.waits_for_head = self.loop.call_later(HEAD_SECONDS, transport.close)
         if sum(other.client[0] == self.client[0] for other in self.connections) > MAX_CLIENT_CONNECTIONS:
             self.is_refused = True
@@ -161,6 +163,8 @@ class Connection(H11Protocol):
             )
             transport.write_eof()
             self.loop.call_later(1, transport.close)  # at once, and the client could lose the answer
+        elif len(self.connections) >= MAX_CONNECTIONS:
+            self._make_room()
 
     def data_received(self, data: bytes) -> None:
         if self.is_refused:
@@ -174,6 +178,20 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_is_there()
         super().connection_lost(exc)
+
+    def _make_room(self) -> None:
+        """The oldest connection without a whole request gives way, of the client with the most of them."""
+        idle = [
+            other
+            for other in self.connections - {self}
+            if isinstance(other, Connection)
+            and (other.cycle is None or other.cycle.response_complete or other.cycle.more_body)
+        ]
+        number = Counter(other.client[0] for other in idle)
+        if idle:
+            oldest = max(idle, key=lambda other: (number[other.client[0]], -other.made))
+            self.connections.discard(oldest)
+            oldest.transport.abort()
 
     def _head_is_there(self) -> None:
         if self.waits_for_head is not None:

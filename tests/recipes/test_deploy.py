@@ -495,6 +495,23 @@ def test_half_sent_requests_shut_nobody_out(echo, half):
         assert half != BODY_MISSING or answer[9:12] in (b"408", b"503", b"")
 
 
+@pytest.mark.parametrize("half", [HALVES[1], BODY_MISSING])
+def test_half_sent_requests_give_way_where_all_places_are_taken(echo, half, monkeypatch):
+    for name in ("HEAD_SECONDS", "BODY_SECONDS"):
+        monkeypatch.setattr(serve, name, 60)
+    opened, started = [], time.time()
+    for number in range(2 * serve.MAX_CLIENT_CONNECTIONS):
+        source = (f"127.0.0.{2 + number % 2}", 0)  # two clients, none of which takes more than it may
+        opened.append(socket.create_connection(("127.0.0.1", echo), source_address=source))
+        opened[-1].sendall(half)
+    while ask(echo)[0] != 200:  # what gave way is still ending
+        assert time.time() - started < 20
+        time.sleep(0.1)
+    assert [ask(echo)[0] for _ in range(5)] == [200] * 5
+    for connection in opened:
+        connection.close()
+
+
 def test_bytes_that_trickle_in_are_no_request(echo):
     with socket.create_connection(("127.0.0.1", echo)) as connection:
         started = time.time()
