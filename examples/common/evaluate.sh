@@ -36,12 +36,16 @@ generate() {
     local device=()
     # Python looks for torch in the working directory first: let it be one of ours
     (cd "$REPOSITORY" && python -c "import sys, torch; sys.exit(not torch.cuda.is_available())") || device=(--cpu)
+    # the sources alone, or fairseq would leave out those whose reference is too long
+    rm -rf "$OUT/sources"
+    mkdir "$OUT/sources"
+    ln -s "$DATA"/dict.*.txt "$DATA/test.$SOURCE-$TARGET.$SOURCE".* "$OUT/sources"
     # fairseq drops the last batch unless its size is a multiple of --required-batch-size-multiple, and stops at a
     # sentence of more tokens than the model has positions, unless it may leave it out: score.py writes an empty line
-    PYTHONUNBUFFERED=1 fairseq-generate "$DATA" --user-dir "$REPOSITORY/admin_fairseq" --path "$OUT/average.pt" \
+    PYTHONUNBUFFERED=1 fairseq-generate "$OUT/sources" --user-dir "$REPOSITORY/admin_fairseq" --path "$OUT/average.pt" \
         --gen-subset test --beam "$2" --lenpen "$3" --post-process subword_nmt --max-tokens "$SEARCH_TOKENS" \
         --required-batch-size-multiple 1 --skip-invalid-size-inputs-valid-test "${device[@]}" 2>"$OUT/generate.err" |
-        python "$COMMON/progress.py" "$DATA/text/raw.test.$SOURCE" >"$OUT/generate.log" ||
+        python "$COMMON/progress.py" "$DATA/text/tok.test.$TARGET" >"$OUT/generate.log" ||
         { tail -n 5 "$OUT/generate.err" >&2; return 1; }
 }
 

@@ -252,7 +252,7 @@ def test_no_file_in_a_runs_folder_is_run(copied, tmp_path):
     "recipe", [RECIPES[0], *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in RECIPES[1:])]
 )
 def test_a_sentence_that_is_too_long_stops_nothing(tmp_path, recipe):
-    """prepare names it, training leaves it out, and evaluate has an empty line for it, so that no line is lost."""
+    """prepare names it, training leaves it out, evaluate has an empty line for a source: no line is lost."""
     raw = tmp_path / "raw"
     raw.mkdir()
     source, target = recipe.split("_")[-2:]
@@ -271,11 +271,14 @@ def test_a_sentence_that_is_too_long_stops_nothing(tmp_path, recipe):
         named = rf"bpe.{split}.{language} has 1 of more than 1,023 tokens among {count} .* 1,100 in line {number}: "
         assert re.search(named, result.stdout), result.stdout
     assert "training leaves them out" in result.stdout
-    assert "2 of 10 sentences, or their references, have more than 1,023 tokens" in result.stdout
-    assert "line 7, 9\n" in result.stdout
+    assert "in line 9: evaluate.sh scores them as all others" in result.stdout
+    assert "1 of 10 sentences have more than 1,023 tokens" in result.stdout
+    assert "line 7\n" in result.stdout
     translations = (tmp_path / "run/test/hypotheses.tok.txt").read_text().split("\n")
     assert len(translations) == 11
-    assert [number for number, line in enumerate(translations, start=1) if not line] == [7, 9, 11]
+    assert [number for number, line in enumerate(translations, start=1) if not line] == [7, 11]
+    log = (tmp_path / "run/test/generate.log").read_text()
+    assert re.search(rf"^T-8\t{long[0].strip()}$", log, re.M)
 
 
 def test_extra_options_are_quoted_as_in_a_shell(tmp_path):
