@@ -4,7 +4,7 @@
 
 setting METHOD admin "names the default RUN, as in train.sh" method
 setting DEPTH 6 "the same" depth
-setting SEED 1111 "the same" whole 0
+setting SEED 1111 "the same" seed
 setting DATA "data/$RECIPE" "the data-bin that prepare.sh made" folder
 setting RUN "runs/$RECIPE/$METHOD-$DEPTH-$SEED" "the training's folder; results go to RUN/test" folder
 setting LAST 10 "average the newest so many epochs' checkpoints, or as many as there are" whole 1
@@ -19,15 +19,16 @@ search() {
 
 # the newest LAST epochs' checkpoints, as words NAME@TIME: steps that were given others are done again
 newest_checkpoints() {
-    find "$RUN" -maxdepth 1 -regex '.*/checkpoint[0-9]+\.pt' -printf '%f@%T@\n' 2>/dev/null | sort -Vr | head -n "$LAST"
+    find -H "$RUN" -maxdepth 1 -regex '.*/checkpoint[0-9]+\.pt' -printf '%f@%T@\n' 2>/dev/null | sort -Vr | head -n "$LAST"
 }
 
 # average NAME@TIME...
 average() {
     if [ $# -lt "$LAST" ]; then say "note: only $# of $LAST checkpoints are there to average"; fi
-    set -- "${@%@*}"
+    local checkpoint inputs=()
+    for checkpoint in "${@%@*}"; do inputs+=("$RUN/$checkpoint"); done
     cd "$REPOSITORY"  # from where modules are imported
-    PYTHONPATH=$REPOSITORY python -m admin_fairseq average --inputs "${@/#/$RUN/}" --output "$OUT/average.pt"
+    PYTHONPATH=$REPOSITORY python -m admin_fairseq average --inputs "${inputs[@]}" --output "$OUT/average.pt"
 }
 
 # generate DICTIONARIES BEAM LENPEN NAME@TIME...
@@ -35,12 +36,16 @@ generate() {
     local device=()
     # Python looks for torch in the working directory first: let it be one of ours
     (cd "$REPOSITORY" && python -c "import sys, torch; sys.exit(not torch.cuda.is_available())") || device=(--cpu)
+    # the sources alone, or fairseq would leave out those whose reference is too long
+    rm -rf "$OUT/sources"
+    mkdir "$OUT/sources"
+    ln -s "$DATA"/dict.*.txt "$DATA/test.$SOURCE-$TARGET.$SOURCE".* "$OUT/sources"
     # fairseq drops the last batch unless its size is a multiple of --required-batch-size-multiple, and stops at a
     # sentence of more tokens than the model has positions, unless it may leave it out: score.py writes an empty line
-    PYTHONUNBUFFERED=1 fairseq-generate "$DATA" --user-dir "$REPOSITORY/admin_fairseq" --path "$OUT/average.pt" \
+    PYTHONUNBUFFERED=1 fairseq-generate "$OUT/sources" --user-dir "$REPOSITORY/admin_fairseq" --path "$OUT/average.pt" \
         --gen-subset test --beam "$2" --lenpen "$3" --post-process subword_nmt --max-tokens "$SEARCH_TOKENS" \
         --required-batch-size-multiple 1 --skip-invalid-size-inputs-valid-test "${device[@]}" 2>"$OUT/generate.err" |
-        python "$COMMON/progress.py" "$DATA/text/raw.test.$SOURCE" >"$OUT/generate.log" ||
+        python "$COMMON/progress.py" "$DATA/text/tok.test.$TARGET" >"$OUT/generate.log" ||
         { tail -n 5 "$OUT/generate.err" >&2; return 1; }
 }
 

@@ -37,6 +37,9 @@ whole() {
     [[ ${!2} =~ ^(0|[1-9][0-9]{0,17})$ && ${!2} -ge $1 ]] || die "$2=${!2}: give a whole number of at least $1"
 }
 
+# seed NAME: numpy's end at 2^32 - 1, and fairseq adds the epoch
+seed() { [[ ${!1} =~ ^(0|[1-9][0-9]{0,8}|[123][0-9]{9})$ ]] || die "$1=${!1}: give a whole number below 4000000000"; }
+
 # whole_or_auto LEAST NAME
 whole_or_auto() { [ "${!2}" = auto ] || whole "$@"; }
 
@@ -76,10 +79,10 @@ folder() {
     case ${!1} in
         "") die "$1 is empty: give a folder, or leave it unset" ;;
         -*) die "$1=${!1}: a path must not begin with a dash; if you mean it, write ./${!1}" ;;
-        *:* | *$'\n'*) die "$1=${!1}: fairseq takes no path with a colon or the end of a line in it" ;;
         /*) ;;
         *) printf -v "$1" %s "$PWD/${!1}" ;;
     esac
+    [[ ${!1} != *[:$'\n']* ]] || die "$1=${!1}: fairseq takes no path with a colon or the end of a line in it"
 }
 
 # path_or_none NAME

@@ -103,12 +103,11 @@ learn_bpe() {
     mv -fT "$TEXT/codes.tmp" "$TEXT/codes"
 }
 
-# apply_bpe FROM TO WHAT: WHAT becomes of pairs with a line that is too long for fairseq's models
+# apply_bpe FROM TO WHAT [TARGETS]: WHAT becomes of pairs with a line that is too long for fairseq's models; TARGETS of
+# those whose target alone is
 apply_bpe() {
-    local language
-    for language in "$SOURCE" "$TARGET"; do
-        corpus bpe "$TEXT/codes" "$TEXT/$1.$language" "$TEXT/$2.$language" --workers "$WORKERS" --too-long "$3"
-    done
+    corpus bpe "$TEXT/codes" "$TEXT/$1.$SOURCE" "$TEXT/$2.$SOURCE" --workers "$WORKERS" --too-long "$3"
+    corpus bpe "$TEXT/codes" "$TEXT/$1.$TARGET" "$TEXT/$2.$TARGET" --workers "$WORKERS" --too-long "${4-$3}"
 }
 
 # binarize PREFIX
@@ -161,7 +160,7 @@ prepare() {
     step bpe-train "apply BPE to the training text" apply_bpe "$train.train" bpe.train "$left_out"
     step bpe-valid "apply BPE to the validation text" apply_bpe "$valid.valid" bpe.valid "$left_out"
     step bpe-test "apply BPE to the test text" apply_bpe tok.test bpe.test \
-        "evaluate.sh gives no translation for them"
+        "evaluate.sh gives no translation for them" "evaluate.sh scores them as all others"
     if [ ${#CLEAN_BPE[@]} != 0 ]; then
         for part in train valid; do
             step "clean-$part" "clean $part" clean "bpe.$part" "short.$part" "${CLEAN_BPE[@]}"

@@ -38,8 +38,8 @@ def hypotheses(log: str, count: int, messages: str = "") -> list[str]:
         sys.exit(f"error: the log holds {len(found)} translations; the test set has {count} sentences")
     if left_out:
         print(
-            f"note: {len(missing):,} of {count:,} sentences, or their references, have more than"
-            f" {int(left_out[2]) - 1:,} tokens; an empty line stands for their translation: line"
+            f"note: {len(missing):,} of {count:,} sentences have more than {int(left_out[2]) - 1:,} tokens; an empty"
+            " line stands for their translation: line"
             f" {', '.join(str(number + 1) for number in missing[:10])}{', ...' if len(missing) > 10 else ''}"
         )
     return [found.get(number, "") for number in range(count)]

@@ -4,7 +4,7 @@
 
 setting METHOD admin "how layers are joined: admin, admin_logn, preln, or another of docs/architectures.md" method
 setting DEPTH 6 "layers: N in both stacks, E-D, 72 (60-12) or 200 (100-100)" depth
-setting SEED 1111 "random seed" whole 0
+setting SEED 1111 "random seed" seed
 setting DATA "data/$RECIPE" "the data-bin that prepare.sh made" folder
 setting RUN "runs/$RECIPE/$METHOD-$DEPTH-$SEED" "folder of this training; one that was stopped goes on there" folder
 setting PRECISION auto "fp32, fp16 or bf16; auto is fp16 on a GPU" choice auto fp32 fp16 bf16

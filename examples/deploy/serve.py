@@ -19,7 +19,6 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import AsyncIterator
-from urllib.parse import urlsplit
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "common")]
@@ -147,11 +146,13 @@ class Batcher:
 class Connection(H11Protocol):
     """uvicorn's, with an end to a client's patience: half-sent requests and their number are limited."""
 
+    made: float  # when
     waits_for_head: asyncio.TimerHandle | None = None
     is_refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        self.made = self.loop.time()
         self.waits_for_head = self.loop.call_later(HEAD_SECONDS, transport.close)
         if sum(other.client[0] == self.client[0] for other in self.connections) > MAX_CLIENT_CONNECTIONS:
             self.is_refused = True
@@ -162,6 +163,8 @@ class Connection(H11Protocol):
             )
             transport.write_eof()
             self.loop.call_later(1, transport.close)  # at once, and the client could lose the answer
+        elif len(self.connections) >= MAX_CONNECTIONS:
+            self._make_room()
 
     def data_received(self, data: bytes) -> None:
         if self.is_refused:
@@ -176,6 +179,20 @@ class Connection(H11Protocol):
         self._head_is_there()
         super().connection_lost(exc)
 
+    def _make_room(self) -> None:
+        """The oldest connection without a whole request gives way, of the client with the most of them."""
+        idle = [
+            other
+            for other in self.connections - {self}
+            if isinstance(other, Connection)
+            and (other.cycle is None or other.cycle.response_complete or other.cycle.more_body)
+        ]
+        number = Counter(other.client[0] for other in idle)
+        if idle:
+            oldest = max(idle, key=lambda other: (number[other.client[0]], -other.made))
+            self.connections.discard(oldest)
+            oldest.transport.abort()
+
     def _head_is_there(self) -> None:
         if self.waits_for_head is not None:
             self.waits_for_head.cancel()
@@ -188,12 +205,13 @@ def refuse_other_sites(request: Request) -> None:
     Raises:
         HTTPException: the browser says that it is such a page's request.
     """
-    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
-    if site is not None:
-        is_own = site in ("same-origin", "none")
-    else:  # not a browser, or an old one
-        names = [request.headers.get(name) for name in ("host", "x-forwarded-host")]
-        is_own = origin is None or urlsplit(origin).netloc in names
+    sites, origins, proxied, hosts = map(
+        request.headers.getlist, ("sec-fetch-site", "origin", "x-forwarded-host", "host")
+    )
+    if sites:
+        is_own = {*sites} <= {"same-origin", "none"}
+    else:  # not a browser, or an old one, which lets no page set X-Forwarded-Host
+        is_own = all(origin.split("://")[-1] == host for origin in origins for host in proxied or hosts)
     if not is_own:
         raise HTTPException(403, "only the translator's own page may use it from a browser")
 

@@ -495,6 +495,23 @@ def test_half_sent_requests_shut_nobody_out(echo, half):
         assert half != BODY_MISSING or answer[9:12] in (b"408", b"503", b"")
 
 
+@pytest.mark.parametrize("half", [HALVES[1], BODY_MISSING])
+def test_half_sent_requests_give_way_where_all_places_are_taken(echo, half, monkeypatch):
+    for name in ("HEAD_SECONDS", "BODY_SECONDS"):
+        monkeypatch.setattr(serve, name, 60)
+    opened, started = [], time.time()
+    for number in range(2 * serve.MAX_CLIENT_CONNECTIONS):
+        source = (f"127.0.0.{2 + number % 2}", 0)  # two clients, none of which takes more than it may
+        opened.append(socket.create_connection(("127.0.0.1", echo), source_address=source))
+        opened[-1].sendall(half)
+    while ask(echo)[0] != 200:  # what gave way is still ending
+        assert time.time() - started < 20
+        time.sleep(0.1)
+    assert [ask(echo)[0] for _ in range(5)] == [200] * 5
+    for connection in opened:
+        connection.close()
+
+
 def test_bytes_that_trickle_in_are_no_request(echo):
     with socket.create_connection(("127.0.0.1", echo)) as connection:
         started = time.time()
@@ -513,6 +530,10 @@ def test_bytes_that_trickle_in_are_no_request(echo):
         ({"Origin": "http://127.0.0.1:1", "Content_Type": "application/json"}, 403),
         ({"Sec_Fetch_Site": "cross-site", "Content_Type": "text/plain"}, 403),
         ({"Sec_Fetch_Site": "same-site"}, 403),
+        ({"Sec_Fetch_Site": "same-origin", "sec_fetch_site": "cross-site"}, 403),
+        ({"Origin": "http://[evil"}, 403),
+        ({"Origin": "https://a.example.com", "X_Forwarded_Host": "a.example.com", "x_forwarded_host": "b"}, 403),
+        ({"Origin": "http://127.0.0.1:{port}", "X_Forwarded_Host": "a.example.com"}, 403),
         ({"Sec_Fetch_Site": "same-origin", "Origin": "https://translate.example.com"}, 200),  # behind a proxy
         ({"Origin": "https://translate.example.com", "X_Forwarded_Host": "translate.example.com"}, 200),
         ({"Origin": "http://127.0.0.1:{port}", "Content_Type": "text/plain"}, 200),  # our page

@@ -148,6 +148,7 @@ def test_a_step_whose_child_dies_is_not_done(finished, tmp_path):
         ("prepare", {"WORKERS": "0"}, "WORKERS=0: give a whole number of at least 1"),
         ("train", {"EPOCHS": "0"}, "EPOCHS=0"),
         ("train", {"SEED": "-1"}, "SEED=-1"),
+        ("train", {"SEED": "4000000000"}, "SEED=4000000000: give a whole number below 4000000000"),
         ("train", {"LR": "fast"}, "LR=fast: give a number"),
         ("train", {"GPUS": "-1"}, "GPUS=-1"),
         ("train", {"GPUS": "08"}, "GPUS=08"),
@@ -182,6 +183,13 @@ FINE = {
     "COMET": {"", *ODD_FOLDERS},
     "METHOD": {"0x1"},  # could be one: train.sh asks the plugin
 }
+
+
+def test_a_relative_folder_where_the_working_directory_has_a_colon(tmp_path):
+    (tmp_path / "a:b").mkdir()
+    result = script("multi30k_de_en", "train", folder=tmp_path / "a:b", DATA="data", DRY_RUN="1")
+    assert result.returncode == 1
+    assert f"error: DATA={tmp_path}/a:b/data: fairseq takes no path with a colon" in result.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["prepare", "train", "evaluate"])
@@ -224,9 +232,9 @@ def test_folders_of_odd_names_and_a_users_shell(tmp_path):
     assert os.listdir(folder / "data") == ["dict.en.txt"]
 
 
-def test_no_file_in_a_runs_folder_is_run(copied):
+def test_no_file_in_a_runs_folder_is_run(copied, tmp_path):
     """A run may come from elsewhere; Python looks for modules in the working directory first."""
-    folder = copied("multi30k_de_en")
+    folder = copied("multi30k_de_en").rename(tmp_path / "x&y")  # bash 5.2 can take & for what is replaced
     for name in ("torch", "omegaconf", "admin_fairseq", "fairseq", "sacrebleu", "tqdm"):
         (folder / f"run/{name}.py").write_text("open('pwned', 'w')\nraise SystemExit('pwned')\n")
     shutil.rmtree(folder / "run/test")
@@ -244,7 +252,7 @@ def test_no_file_in_a_runs_folder_is_run(copied):
     "recipe", [RECIPES[0], *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in RECIPES[1:])]
 )
 def test_a_sentence_that_is_too_long_stops_nothing(tmp_path, recipe):
-    """prepare names it, training leaves it out, and evaluate has an empty line for it, so that no line is lost."""
+    """prepare names it, training leaves it out, evaluate has an empty line for a source: no line is lost."""
     raw = tmp_path / "raw"
     raw.mkdir()
     source, target = recipe.split("_")[-2:]
@@ -263,11 +271,14 @@ def test_a_sentence_that_is_too_long_stops_nothing(tmp_path, recipe):
         named = rf"bpe.{split}.{language} has 1 of more than 1,023 tokens among {count} .* 1,100 in line {number}: "
         assert re.search(named, result.stdout), result.stdout
     assert "training leaves them out" in result.stdout
-    assert "2 of 10 sentences, or their references, have more than 1,023 tokens" in result.stdout
-    assert "line 7, 9\n" in result.stdout
+    assert "in line 9: evaluate.sh scores them as all others" in result.stdout
+    assert "1 of 10 sentences have more than 1,023 tokens" in result.stdout
+    assert "line 7\n" in result.stdout
     translations = (tmp_path / "run/test/hypotheses.tok.txt").read_text().split("\n")
     assert len(translations) == 11
-    assert [number for number, line in enumerate(translations, start=1) if not line] == [7, 9, 11]
+    assert [number for number, line in enumerate(translations, start=1) if not line] == [7, 11]
+    log = (tmp_path / "run/test/generate.log").read_text()
+    assert re.search(rf"^T-8\t{long[0].strip()}$", log, re.M)
 
 
 def test_extra_options_are_quoted_as_in_a_shell(tmp_path):
@@ -294,7 +305,9 @@ def test_done_steps_are_skipped_and_other_settings_refused(finished, copied):
 def test_evaluation_follows_what_changed(copied):
     """Another beam or a longer training is evaluated anew; nothing else is."""
     folder = copied("multi30k_de_en")
-    assert script("multi30k_de_en", "evaluate", folder=folder).stdout.count("already done") == 2
+    (folder / "link").symlink_to("run")
+    linked = script("multi30k_de_en", "evaluate", folder=folder, RUN=str(folder / "link"))
+    assert linked.stdout.count("already done") == 2
     again = script("multi30k_de_en", "evaluate", folder=folder, BEAM="1")
     assert again.stdout.count("already done") == 1
     longer = script("multi30k_de_en", "train", "evaluate", folder=folder, EPOCHS="3")
