@@ -123,13 +123,13 @@ begin() {
 }
 
 # claim FOLDER: make it this run's own, beside which no second run is started. What a step starts holds the lock too,
-# so that a training run whose shell was killed is not joined by a second one.
+# so that a training run whose shell was killed is not joined by a second one; what was killed takes a moment to end.
 claim() {
     mkdir -p "$1/.done" || die "cannot make the folder $1"
     DONE=$1/.done
     [ ! -e "$1/.lock" ] || [ -f "$1/.lock" ] || die "$1/.lock is not a file"
     exec {LOCK}>>"$1/.lock" || die "cannot write to $1"
-    flock --nonblock "$LOCK" || die "another run is at work in $1"
+    flock --wait 3 "$LOCK" || die "another run is at work in $1"
 }
 
 # the data-bin must be there; DATA may be moved, but its dictionaries are among the settings that stay
