@@ -18,6 +18,7 @@ from fairseq.file_io import PathManager
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY
 
 from admin_fairseq.arguments import unknown_choice
+from admin_fairseq.checkpoints.files import missing
 from admin_fairseq.config import unknown_architecture
 from admin_fairseq.errors import AdminError
 
@@ -116,17 +117,32 @@ def check(args: Namespace) -> None:
 
 
 def _check_training(args: Namespace) -> None:
-    given = {"restore_file": "checkpoint_last.pt", "save_dir": "checkpoints", **vars(args)}  # may be without defaults
-    start = given["restore_file"]
-    own = os.path.join(given["save_dir"], "checkpoint_last.pt")  # may be named by a script that starts and resumes
-    shards = glob.glob(f"{glob.escape(os.path.splitext(start)[0])}-*")
-    is_own = start == "checkpoint_last.pt" or os.path.abspath(start) == os.path.abspath(own)
-    if not (is_own or shards or PathManager.exists(start)):
-        raise AdminError(f"--restore-file {start}: no such file; without the flag training goes on from --save-dir")
+    given = vars(args)  # may be without defaults
+    check_start(
+        given.get("restore_file", "checkpoint_last.pt"),
+        given.get("finetune_from_model"),
+        given.get("save_dir", "checkpoints"),
+    )
     if given.get("best_checkpoint_metric") == "bleu" and given.get("eval_bleu") is False:
         raise AdminError("--best-checkpoint-metric bleu needs --eval-bleu")
     if any(int(number) < 1 for number in re.findall(r"-?\d+", str(given["update_freq"]))):
         raise AdminError(f"--update-freq {given['update_freq']}: give a number of at least 1")
+
+
+def check_start(restore_file: str, finetune_from_model: str | None, save_dir: str) -> None:
+    """Of a training, which would start from nothing where these are no files.
+
+    Raises:
+        AdminError: one is none, or is a folder.
+    """
+    own = os.path.join(save_dir, "checkpoint_last.pt")  # may be named by a script that starts and resumes
+    is_own = restore_file == "checkpoint_last.pt" or os.path.abspath(restore_file) == os.path.abspath(own)
+    shards = glob.glob(f"{glob.escape(os.path.splitext(restore_file)[0])}-*")
+    if not (is_own or shards or PathManager.isfile(restore_file)):
+        raise AdminError(f"--restore-file: {missing(restore_file)}; without the flag training goes on from --save-dir")
+    resumes = PathManager.exists(own)
+    if finetune_from_model and not resumes and not PathManager.isfile(finetune_from_model):
+        raise AdminError(f"--finetune-from-model: {missing(finetune_from_model)}")
 
 
 def check_architecture(cfg: Any) -> None:

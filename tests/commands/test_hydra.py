@@ -100,6 +100,7 @@ def test_bf16(data, tmp_path):
         ("+model.init_weights=xavier", "choose fairseq or authors"),
         ("model._name=transformer_admin_24x6", "no such architecture; the nearest: transformer_admin_24_6"),
         ("+model.encoder.layers=4", "gives encoder_layers twice, as 3 and as 4"),
+        ("checkpoint.finetune_from_model=/", "--finetune-from-model: / is a folder, not a checkpoint"),
     ],
 )
 def test_bad_options(data, tmp_path, override, needle):

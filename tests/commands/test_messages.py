@@ -206,8 +206,11 @@ def test_misspelt(data, wrong, meant):
     ("wrong", "said"),
     [
         (["--share-all-embeddings"], "fairseq-preprocess --joined-dictionary"),
-        (["--restore-file", "nope.pt"], "--restore-file nope.pt: no such file"),
+        (["--restore-file", "nope.pt"], "--restore-file: no such file: nope.pt; "),
         (["--restore-file", "nope/checkpoint_last.pt"], "no such file"),
+        (["--restore-file", "{run}"], "--restore-file: {run} is a folder, not a checkpoint; give {run}/checkpoint_"),
+        (["--finetune-from-model", "nope.pt"], "--finetune-from-model: no such file: nope.pt"),
+        (["--finetune-from-model", "{run}"], "{run} is a folder, not a checkpoint; give {run}/checkpoint_last.pt"),
         (["--best-checkpoint-metric", "bleu"], "bleu needs --eval-bleu"),
         (["--best-checkpoint-metric", "bleux", "--max-update", 1], "--best-checkpoint-metric bleux: validation"),
         (["--eval-bleu", "--eval-bleu-args", "{beam: 5}"], "not JSON: {beam: 5} ("),
@@ -219,6 +222,8 @@ def test_misspelt(data, wrong, meant):
 )
 def test_a_training_that_cannot_be(model, other, tmp_path, wrong, said):
     folder = other if "--share-all-embeddings" in wrong else model[1][0]
+    run = str(model[0].parent)
+    wrong, said = [str(word).replace("{run}", run) for word in wrong], said.replace("{run}", run)
     assert said in line(train, folder, *model[1][1:], *wrong, "--save-dir", tmp_path, "--max-epoch", 1)
     assert not list(tmp_path.glob("*.pt"))
 

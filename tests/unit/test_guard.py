@@ -194,7 +194,7 @@ def test_settings_of_absurd_size(tmp_path):
     for _ in range(100):
         deep = [deep]
     for content in (many, {"a": deep}, {"a": [0] * 200_000}):
-        with pytest.raises(AdminError, match="more values than settings do|nested more than 50 deep"):
+        with pytest.raises(AdminError, match=r"more values than settings do|nested more than 50 deep"):
             read(tmp_path, {"args": content})
     for value in (b"True", torch.ones(1), {(1, 2): 3}):
         with pytest.raises(AdminError, match=r"no value|not text"):
