@@ -18,8 +18,9 @@ from fairseq.file_io import PathManager
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY
 
 from admin_fairseq.arguments import unknown_choice
+from admin_fairseq.checkpoints.checks import check_options, is_transformer
 from admin_fairseq.checkpoints.files import missing
-from admin_fairseq.config import unknown_architecture
+from admin_fairseq.config import POSITIONS, as_namespace, unknown_architecture
 from admin_fairseq.errors import AdminError
 
 INSIDE = (
@@ -145,15 +146,19 @@ def check_start(restore_file: str, finetune_from_model: str | None, save_dir: st
         raise AdminError(f"--finetune-from-model: {missing(finetune_from_model)}")
 
 
-def check_architecture(cfg: Any) -> None:
-    """Of hydra's config and of a checkpoint's settings; what ``--arch`` says has been checked by then.
+def check_model(cfg: Any, task: Any) -> None:
+    """Of what is about to be built, from whichever of fairseq's commands; what ``--arch`` says may have been checked.
 
     Raises:
-        AdminError: it is none that this fairseq has.
+        AdminError: its architecture is none that this fairseq has, or an option is one that no checkpoint may have.
     """
     name = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)
     if isinstance(name, str) and name not in ARCH_MODEL_REGISTRY and name not in MODEL_DATACLASS_REGISTRY:
         raise AdminError(f"{unknown_architecture(name)}; one of your own needs its folder as --user-dir")
+    if is_transformer(name):
+        known = getattr(task, "cfg", None) or getattr(task, "args", None)
+        positions = {limit: getattr(known, limit, None) for limit in POSITIONS}
+        check_options({**positions, **vars(as_namespace(cfg))}, lambda option: f"--{option.replace('_', '-')}")
 
 
 def check_folders(

@@ -93,9 +93,9 @@ def _parse_with_hints(parse: Callable[..., Any], parser: ArgumentParser, *args: 
     return parsed
 
 
-def _build_known_model(build_model: Callable[..., Any], cfg: Any, *args: Any, **options: Any) -> Any:
-    hints.check_architecture(cfg)
-    return build_model(cfg, *args, **options)
+def _build_known_model(build_model: Callable[..., Any], cfg: Any, task: Any, *args: Any, **options: Any) -> Any:
+    hints.check_model(cfg, task)
+    return build_model(cfg, task, *args, **options)
 
 
 def _load_from_folder(from_pretrained: Callable[..., Any], *args: Any, **options: Any) -> Any:

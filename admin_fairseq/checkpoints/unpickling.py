@@ -204,7 +204,15 @@ _MENTIONED = {
 }
 _FOUND = {**_MENTIONED, **_MADE, **_CALLED}
 _CALLABLE, _NEW = (tuple(dict.fromkeys(table.values())) for table in (_CALLED, _MADE))
-_REFUSED = (pickle.INST, pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEWOBJ_EX, pickle.PERSID)
+_REFUSED: tuple[bytes, ...] = (
+    pickle.INST,
+    pickle.OBJ,
+    pickle.EXT1,
+    pickle.EXT2,
+    pickle.EXT4,
+    pickle.NEWOBJ_EX,
+    pickle.PERSID,
+)
 _REFUSED += (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)
 _REFUSED += (pickle.INT, pickle.LONG)  # in digits, which torch never wrote
 _VALUES = (type(None), bool, int, float, str, bytes, np.generic, torch.dtype)

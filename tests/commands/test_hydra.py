@@ -100,6 +100,8 @@ def test_bf16(data, tmp_path):
         ("+model.init_weights=xavier", "choose fairseq or authors"),
         ("model._name=transformer_admin_24x6", "no such architecture; the nearest: transformer_admin_24_6"),
         ("+model.encoder.layers=4", "gives encoder_layers twice, as 3 and as 4"),
+        ("+model.encoder_layerdrop=2", "--encoder-layerdrop is '2', which is no value of that option"),
+        ("+task.max_target_positions=2000000", "--max-target-positions is 2000000; read are numbers from 1 to"),
         ("checkpoint.finetune_from_model=/", "--finetune-from-model: / is a folder, not a checkpoint"),
     ],
 )

@@ -218,6 +218,10 @@ def test_misspelt(data, wrong, meant):
         (["--max-tokens", 2], "none that fits --max-tokens"),
         (["--max-tokens", 8, "--max-update", 1], "exceed max_tokens=8: raise --max-tokens"),
         (["--update-freq", "2,0"], "give a number of at least 1"),
+        (["--encoder-layerdrop", 2], "--encoder-layerdrop is '2.0', which is no value of that option"),
+        (["--decoder-layerdrop", "-0.5"], "--decoder-layerdrop is '-0.5', which is no"),
+        (["--dropout", 1.5], "--dropout is '1.5', which is no value of that option"),
+        (["--max-source-positions", 2000000], "--max-source-positions is 2000000; read are numbers from 1 to 1048576"),
     ],
 )
 def test_a_training_that_cannot_be(model, other, tmp_path, wrong, said):
