@@ -14,6 +14,7 @@ import re
 from argparse import ArgumentParser, Namespace
 from typing import Any, Iterable
 
+import torch
 from fairseq.file_io import PathManager
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY
 
@@ -118,24 +119,23 @@ def check(args: Namespace) -> None:
 
 
 def _check_training(args: Namespace) -> None:
+    check_start(args, args)
     given = vars(args)  # may be without defaults
-    check_start(
-        given.get("restore_file", "checkpoint_last.pt"),
-        given.get("finetune_from_model"),
-        given.get("save_dir", "checkpoints"),
-    )
     if given.get("best_checkpoint_metric") == "bleu" and given.get("eval_bleu") is False:
         raise AdminError("--best-checkpoint-metric bleu needs --eval-bleu")
     if any(int(number) < 1 for number in re.findall(r"-?\d+", str(given["update_freq"]))):
         raise AdminError(f"--update-freq {given['update_freq']}: give a number of at least 1")
 
 
-def check_start(restore_file: str, finetune_from_model: str | None, save_dir: str) -> None:
-    """Of a training, which would start from nothing where these are no files.
+def check_start(checkpoint: Any, common: Any) -> None:
+    """Of a training, by these sections of fairseq's configuration, or by a command line's options as both.
 
     Raises:
-        AdminError: one is none, or is a folder.
+        AdminError: it would start from nothing, since what it is to start from is no file; or needs a GPU.
     """
+    restore_file = getattr(checkpoint, "restore_file", "checkpoint_last.pt")
+    finetune_from_model = getattr(checkpoint, "finetune_from_model", None)
+    save_dir = getattr(checkpoint, "save_dir", "checkpoints")
     own = os.path.join(save_dir, "checkpoint_last.pt")  # may be named by a script that starts and resumes
     is_own = restore_file == "checkpoint_last.pt" or os.path.abspath(restore_file) == os.path.abspath(own)
     shards = glob.glob(f"{glob.escape(os.path.splitext(restore_file)[0])}-*")
@@ -144,6 +144,12 @@ def check_start(restore_file: str, finetune_from_model: str | None, save_dir: st
     resumes = PathManager.exists(own)
     if finetune_from_model and not resumes and not PathManager.isfile(finetune_from_model):
         raise AdminError(f"--finetune-from-model: {missing(finetune_from_model)}")
+    is_flat = not any(
+        getattr(common, name, False) for name in ("memory_efficient_fp16", "fp16_no_flatten_grads", "tpu")
+    )
+    has_gpu = torch.cuda.is_available() and not getattr(common, "cpu", False)
+    if getattr(common, "fp16", False) and is_flat and not has_gpu:
+        raise AdminError("--fp16 needs a GPU; on CPUs take --bf16, or add --fp16-no-flatten-grads")
 
 
 def check_model(cfg: Any, task: Any) -> None:

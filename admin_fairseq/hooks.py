@@ -127,8 +127,7 @@ def _train_step_and_watch(
 
 
 def _start_omega_then_build_optimizer(build_optimizer: Callable[[Trainer], None], trainer: Trainer) -> None:
-    checkpoint = trainer.cfg.checkpoint
-    hints.check_start(checkpoint.restore_file, checkpoint.finetune_from_model, checkpoint.save_dir)  # hydra's, too
+    hints.check_start(trainer.cfg.checkpoint, trainer.cfg.common)  # hydra's, too
     _claim_save_dir(trainer)
     model = trainer.get_model()
     if isinstance(model, AdminModel):

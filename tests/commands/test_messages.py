@@ -218,6 +218,7 @@ def test_misspelt(data, wrong, meant):
         (["--max-tokens", 2], "none that fits --max-tokens"),
         (["--max-tokens", 8, "--max-update", 1], "exceed max_tokens=8: raise --max-tokens"),
         (["--update-freq", "2,0"], "give a number of at least 1"),
+        (["--fp16"], "--fp16 needs a GPU; on CPUs take --bf16"),
         (["--encoder-layerdrop", 2], "--encoder-layerdrop is '2.0', which is no value of that option"),
         (["--decoder-layerdrop", "-0.5"], "--decoder-layerdrop is '-0.5', which is no"),
         (["--dropout", 1.5], "--dropout is '1.5', which is no value of that option"),
