@@ -157,6 +157,10 @@ def test_language_model_beside_a_translator(model, data, text, tmp_path):
     if DEFAULT_COMBINATION:  # others go on from the block
         argv = [text, "--task", "language_modeling", "--path", lm / "checkpoint_last.pt", "--cpu", *NO_LOADER]
         assert "--sample-break-mode eos" in line(generate, *argv, "--tokens-per-sample", 32)
+    argv = [text, "--task", "language_modeling", "--path", lm / "checkpoint_last.pt", "--cpu", *NO_LOADER]
+    for skipping in ([], ["--skip-invalid-size-inputs-valid-test"]):
+        said = line(generate, *argv, *skipping)
+        assert "--sample-break-mode eos" in said and "train" not in said
 
 
 def test_checkpoints_written_beside_training(model, tmp_path, monkeypatch):
