@@ -21,6 +21,7 @@ from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY
 from admin_fairseq.arguments import unknown_choice
 from admin_fairseq.checkpoints.checks import check_options, is_transformer
 from admin_fairseq.checkpoints.files import missing
+from admin_fairseq.checkpoints.guard import check_evaluated
 from admin_fairseq.config import POSITIONS, as_namespace, unknown_architecture
 from admin_fairseq.errors import AdminError
 
@@ -34,6 +35,7 @@ FLAGS = {
     "--admin-init-type": INSIDE,
     "--profiling-path": FROM_FILE,
     "--admin-init-path": FROM_FILE,
+    "--output-change-scale": "say --admin-init logn for O(logn), --admin-init sqrt for O(1)",
     "--min-lr": "drop it, or say --stop-min-lr, below which training ends",
     "--adv-opt": "drop it: adversarial training is no part of Admin",
 }
@@ -56,9 +58,9 @@ PAGE = "(docs/coming.md has all names)"
 
 
 def instead_of(message: str, known: Iterable[str]) -> str | None:
-    """One line for what argparse refuses, if it is a name of another implementation or like a ``known`` one; else None.
+    """One line for an unknown option or choice: the name of another implementation, or the most similar ``known`` ones.
 
-    Of everything that has choices too.
+    None for whatever else argparse refuses.
     """
     choice = re.match(r"argument (\S+): invalid choice: '([^']*)'", message)
     if choice and choice[1].startswith("--arch"):
@@ -68,18 +70,17 @@ def instead_of(message: str, known: Iterable[str]) -> str | None:
     if not message.startswith("unrecognized arguments: "):
         return unknown_choice(message)
     words = message.split(": ", 1)[1].replace("=", " ").split()
-    lines, told, page = [], False, ""
+    lines, page = [], ""
     for number, word in enumerate(words):
         flag = word.replace("_", "-")
         value = words[number + 1] if flag in INITS and number + 1 < len(words) else ""
         if flag in FLAGS:
             lines.append(f"{word} {value}".strip() + f": {VALUES.get(value) or FLAGS[flag]}")
-            told, page = True, f" {PAGE}"
+            page = f" {PAGE}"
         elif word.startswith("--"):
             similar = difflib.get_close_matches(flag, known, cutoff=0.75)
             lines.append(f"{word}: no option of this fairseq" + f"; the nearest: {', '.join(similar)}" * bool(similar))
-            told = told or bool(similar)
-    return "; ".join(lines) + page if told else None
+    return "; ".join(lines) + page if lines else message
 
 
 def give(parser: ArgumentParser) -> None:
@@ -103,13 +104,16 @@ def check(args: Namespace) -> None:
     """
     if getattr(args, "write_checkpoints_asynchronously", False) and importlib.util.find_spec("iopath") is None:
         raise AdminError("--write-checkpoints-asynchronously needs a package: pip install iopath; or drop the flag")
+    for name, value in vars(args).items():
+        check_evaluated(value, name, f"--{name.replace('_', '-')}")
     if hasattr(args, "update_freq"):
         _check_training(args)
     replaces, is_interactive = getattr(args, "replace_unk", None), hasattr(args, "buffer_size")
     if replaces is not None and not is_interactive and getattr(args, "dataset_impl", None) != "raw":
         raise AdminError(
             "--replace-unk needs the raw text: translate by fairseq-interactive --input FILE, or copy the test set to"
-            ' DATA as test.de-en.de and test.de-en.en and add --dataset-impl raw; its value is a file of words, or ""'
+            " DATA as test.<source>-<target>.<source> and .<target> and add --dataset-impl raw; its value is a file of"
+            ' words, or ""'
         )
     if replaces == "@@ ":  # what the flag means without a value
         raise AdminError(

@@ -283,7 +283,7 @@ def broken_data(data, tmp_path):
         (["--encoder-normalize-before"], "Post-LN"),
         (["--admin-init", "logn", "--admin-profile", "p.json"], "exclude each other"),
         (["--admin-profile", "/does/not/exist.json"], "/does/not/exist.json"),
-        (["--admin-margin", "0"], "--admin-margin must be positive, not 0.0"),
+        (["--admin-margin", "0"], "--admin-margin must be a positive number, not 0.0"),
     ],
 )
 def test_bad_options(data, tmp_path, options, needle):
