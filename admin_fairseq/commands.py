@@ -110,7 +110,9 @@ def run_fold(args: argparse.Namespace) -> None:
         if found.failures:
             raise AdminError("the fold does not compute the same: " + "; ".join(found.failures))
     files.save(folded, args.output)
-    print(f"{args.output}: {args.input} as a stock {folded['args'].arch}")
+    arch = folded["args"].arch
+    old = "; without the plugin fairseq samples and scores with it by numpy before 2.0 only"
+    print(f"{args.output}: {args.input} as a stock {arch}" + old * arch.startswith("transformer_lm"))
 
 
 def run_unfold(args: argparse.Namespace) -> None:

@@ -65,9 +65,18 @@ def _explain_fairseq(error: BaseException) -> str | None:
             "no translation data found; give --source-lang and --target-lang, for a language model --task"
             f" language_modeling, or check DATA ({DATA_HINT})"
         )
+    if text.startswith("Size of sample #"):  # and ends in the option that leaves such sentences out
+        is_pair = "is invalid (=(" in text
+        return text if is_pair else f"{text}; a language model reads line by line with --sample-break-mode eos"
     if text.startswith(("The dataset is empty", "cannot mmap an empty file")) or (
         isinstance(error, IndexError) and frames[-1].name == "batch_by_size"
     ):
+        if any(os.path.basename(frame.filename) in ("generate.py", "eval_lm.py", "validate.py") for frame in frames):
+            return (
+                "the data set is empty: the --gen-subset or --valid-subset in DATA holds nothing, or nothing that fits"
+                " --max-tokens and the maximum positions; a language model reads line by line with --sample-break-mode"
+                " eos"
+            )
         return (
             "a data set is empty: train or valid in DATA holds no pair at all, or none that fits --max-tokens and"
             " the maximum positions, or fewer pairs than --required-batch-size-multiple"
@@ -90,8 +99,8 @@ def _explain_fairseq(error: BaseException) -> str | None:
         if sizes and sizes[1] != sizes[3] and sizes[2] == sizes[4]:
             return (
                 f"the checkpoint's dictionary has {sizes[1]} words and that in DATA {sizes[3]}: make DATA with the"
-                " dictionaries of the data that it was trained on, fairseq-preprocess --srcdict OLD/dict.de.txt"
-                " --tgtdict OLD/dict.en.txt"
+                " dictionaries of the data that it was trained on, fairseq-preprocess --srcdict OLD/dict.<source>.txt"
+                " --tgtdict OLD/dict.<target>.txt"
             )
     is_searching = os.path.basename(files[-1]) == "sequence_generator.py"
     if is_searching and text.startswith("The size of tensor a"):  # where probabilities are added up

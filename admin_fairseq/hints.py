@@ -14,11 +14,15 @@ import re
 from argparse import ArgumentParser, Namespace
 from typing import Any, Iterable
 
+import torch
 from fairseq.file_io import PathManager
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY
 
 from admin_fairseq.arguments import unknown_choice
-from admin_fairseq.config import unknown_architecture
+from admin_fairseq.checkpoints.checks import check_options, is_transformer
+from admin_fairseq.checkpoints.files import missing
+from admin_fairseq.checkpoints.guard import check_evaluated
+from admin_fairseq.config import POSITIONS, as_namespace, unknown_architecture
 from admin_fairseq.errors import AdminError
 
 INSIDE = (
@@ -31,6 +35,7 @@ FLAGS = {
     "--admin-init-type": INSIDE,
     "--profiling-path": FROM_FILE,
     "--admin-init-path": FROM_FILE,
+    "--output-change-scale": "say --admin-init logn for O(logn), --admin-init sqrt for O(1)",
     "--min-lr": "drop it, or say --stop-min-lr, below which training ends",
     "--adv-opt": "drop it: adversarial training is no part of Admin",
 }
@@ -53,9 +58,9 @@ PAGE = "(docs/coming.md has all names)"
 
 
 def instead_of(message: str, known: Iterable[str]) -> str | None:
-    """One line for what argparse refuses, if it is a name of another implementation or like a ``known`` one; else None.
+    """One line for an unknown option or choice: the name of another implementation, or the most similar ``known`` ones.
 
-    Of everything that has choices too.
+    None for whatever else argparse refuses.
     """
     choice = re.match(r"argument (\S+): invalid choice: '([^']*)'", message)
     if choice and choice[1].startswith("--arch"):
@@ -65,18 +70,17 @@ def instead_of(message: str, known: Iterable[str]) -> str | None:
     if not message.startswith("unrecognized arguments: "):
         return unknown_choice(message)
     words = message.split(": ", 1)[1].replace("=", " ").split()
-    lines, told, page = [], False, ""
+    lines, page = [], ""
     for number, word in enumerate(words):
         flag = word.replace("_", "-")
         value = words[number + 1] if flag in INITS and number + 1 < len(words) else ""
         if flag in FLAGS:
             lines.append(f"{word} {value}".strip() + f": {VALUES.get(value) or FLAGS[flag]}")
-            told, page = True, f" {PAGE}"
+            page = f" {PAGE}"
         elif word.startswith("--"):
             similar = difflib.get_close_matches(flag, known, cutoff=0.75)
             lines.append(f"{word}: no option of this fairseq" + f"; the nearest: {', '.join(similar)}" * bool(similar))
-            told = told or bool(similar)
-    return "; ".join(lines) + page if told else None
+    return "; ".join(lines) + page if lines else message
 
 
 def give(parser: ArgumentParser) -> None:
@@ -100,13 +104,16 @@ def check(args: Namespace) -> None:
     """
     if getattr(args, "write_checkpoints_asynchronously", False) and importlib.util.find_spec("iopath") is None:
         raise AdminError("--write-checkpoints-asynchronously needs a package: pip install iopath; or drop the flag")
+    for name, value in vars(args).items():
+        check_evaluated(value, name, f"--{name.replace('_', '-')}")
     if hasattr(args, "update_freq"):
         _check_training(args)
     replaces, is_interactive = getattr(args, "replace_unk", None), hasattr(args, "buffer_size")
     if replaces is not None and not is_interactive and getattr(args, "dataset_impl", None) != "raw":
         raise AdminError(
             "--replace-unk needs the raw text: translate by fairseq-interactive --input FILE, or copy the test set to"
-            ' DATA as test.de-en.de and test.de-en.en and add --dataset-impl raw; its value is a file of words, or ""'
+            " DATA as test.<source>-<target>.<source> and .<target> and add --dataset-impl raw; its value is a file of"
+            ' words, or ""'
         )
     if replaces == "@@ ":  # what the flag means without a value
         raise AdminError(
@@ -116,28 +123,52 @@ def check(args: Namespace) -> None:
 
 
 def _check_training(args: Namespace) -> None:
-    given = {"restore_file": "checkpoint_last.pt", "save_dir": "checkpoints", **vars(args)}  # may be without defaults
-    start = given["restore_file"]
-    own = os.path.join(given["save_dir"], "checkpoint_last.pt")  # may be named by a script that starts and resumes
-    shards = glob.glob(f"{glob.escape(os.path.splitext(start)[0])}-*")
-    is_own = start == "checkpoint_last.pt" or os.path.abspath(start) == os.path.abspath(own)
-    if not (is_own or shards or PathManager.exists(start)):
-        raise AdminError(f"--restore-file {start}: no such file; without the flag training goes on from --save-dir")
+    check_start(args, args)
+    given = vars(args)  # may be without defaults
     if given.get("best_checkpoint_metric") == "bleu" and given.get("eval_bleu") is False:
         raise AdminError("--best-checkpoint-metric bleu needs --eval-bleu")
     if any(int(number) < 1 for number in re.findall(r"-?\d+", str(given["update_freq"]))):
         raise AdminError(f"--update-freq {given['update_freq']}: give a number of at least 1")
 
 
-def check_architecture(cfg: Any) -> None:
-    """Of hydra's config and of a checkpoint's settings; what ``--arch`` says has been checked by then.
+def check_start(checkpoint: Any, common: Any) -> None:
+    """Of a training, by these sections of fairseq's configuration, or by a command line's options as both.
 
     Raises:
-        AdminError: it is none that this fairseq has.
+        AdminError: it would start from nothing, since what it is to start from is no file; or needs a GPU.
+    """
+    restore_file = getattr(checkpoint, "restore_file", "checkpoint_last.pt")
+    finetune_from_model = getattr(checkpoint, "finetune_from_model", None)
+    save_dir = getattr(checkpoint, "save_dir", "checkpoints")
+    own = os.path.join(save_dir, "checkpoint_last.pt")  # may be named by a script that starts and resumes
+    is_own = restore_file == "checkpoint_last.pt" or os.path.abspath(restore_file) == os.path.abspath(own)
+    shards = glob.glob(f"{glob.escape(os.path.splitext(restore_file)[0])}-*")
+    if not (is_own or shards or PathManager.isfile(restore_file)):
+        raise AdminError(f"--restore-file: {missing(restore_file)}; without the flag training goes on from --save-dir")
+    resumes = PathManager.exists(own)
+    if finetune_from_model and not resumes and not PathManager.isfile(finetune_from_model):
+        raise AdminError(f"--finetune-from-model: {missing(finetune_from_model)}")
+    is_flat = not any(
+        getattr(common, name, False) for name in ("memory_efficient_fp16", "fp16_no_flatten_grads", "tpu")
+    )
+    has_gpu = torch.cuda.is_available() and not getattr(common, "cpu", False)
+    if getattr(common, "fp16", False) and is_flat and not has_gpu:
+        raise AdminError("--fp16 needs a GPU; on CPUs take --bf16, or add --fp16-no-flatten-grads")
+
+
+def check_model(cfg: Any, task: Any) -> None:
+    """Of what is about to be built, from whichever of fairseq's commands; what ``--arch`` says may have been checked.
+
+    Raises:
+        AdminError: its architecture is none that this fairseq has, or an option is one that no checkpoint may have.
     """
     name = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)
     if isinstance(name, str) and name not in ARCH_MODEL_REGISTRY and name not in MODEL_DATACLASS_REGISTRY:
         raise AdminError(f"{unknown_architecture(name)}; one of your own needs its folder as --user-dir")
+    if is_transformer(name):
+        known = getattr(task, "cfg", None) or getattr(task, "args", None)
+        positions = {limit: getattr(known, limit, None) for limit in POSITIONS}
+        check_options({**positions, **vars(as_namespace(cfg))}, lambda option: f"--{option.replace('_', '-')}")
 
 
 def check_folders(

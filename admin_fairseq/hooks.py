@@ -93,9 +93,9 @@ def _parse_with_hints(parse: Callable[..., Any], parser: ArgumentParser, *args: 
     return parsed
 
 
-def _build_known_model(build_model: Callable[..., Any], cfg: Any, *args: Any, **options: Any) -> Any:
-    hints.check_architecture(cfg)
-    return build_model(cfg, *args, **options)
+def _build_known_model(build_model: Callable[..., Any], cfg: Any, task: Any, *args: Any, **options: Any) -> Any:
+    hints.check_model(cfg, task)
+    return build_model(cfg, task, *args, **options)
 
 
 def _load_from_folder(from_pretrained: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -127,6 +127,7 @@ def _train_step_and_watch(
 
 
 def _start_omega_then_build_optimizer(build_optimizer: Callable[[Trainer], None], trainer: Trainer) -> None:
+    hints.check_start(trainer.cfg.checkpoint, trainer.cfg.common)  # hydra's, too
     _claim_save_dir(trainer)
     model = trainer.get_model()
     if isinstance(model, AdminModel):

@@ -143,7 +143,7 @@ class AdminModel(RuledModel):
         if margin is not None and init != "profile":
             raise AdminError(f"--admin-margin has no effect with --admin-init {init}, which does not profile; drop it")
         if margin is not None and not 0 < margin < math.inf:
-            raise AdminError(f"--admin-margin must be positive, not {margin}")
+            raise AdminError(f"--admin-margin must be a positive number, not {margin}")
 
     @classmethod
     def settle(cls, args: Namespace) -> None:

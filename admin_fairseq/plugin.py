@@ -1,11 +1,13 @@
 """All of the plugin, registered with fairseq: what ``--user-dir admin_fairseq`` means, and the public face."""
 
 import logging
+import os
 
 from admin_fairseq.errors import AdminError, install_excepthook, is_running  # noqa: F401
 
 if is_running("fairseq_cli"):
     install_excepthook("fairseq_cli")
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else fairseq-hydra-train's hydra prints a traceback itself
 _placeholder = logging.NullHandler()  # with one, the modules of fairseq that set up everybody's logging do not
 logging.root.addHandler(_placeholder)
 try:

@@ -41,7 +41,9 @@ def verdict(data: Data) -> list[str]:
         for name, found in bad.items()
     ]
     if good:
-        shown.append(f"{_and(good)} {'shows' if len(good) == 1 else 'show'} no such sign.")
+        shown.append(
+            f"{_and(good)} {'shows' if len(good) == 1 else 'show'} no {'such sign' if bad else 'sign of trouble'}."
+        )
     return [
         " ".join([*shown, *_after_training(data)]),
         f"What to do: {' '.join([_advice(good, bad), *_omega(data)])}",

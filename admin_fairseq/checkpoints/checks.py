@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List
 
 import torch
 from fairseq import utils
@@ -133,17 +133,11 @@ def check_settings(args: Namespace, weights: Weights, layers: Layers) -> None:
     AdminError: an option of the model is of another type than fairseq's, or says another size than the weights have.
     """
     options = vars(args)
-    for name, value in options.items():
-        if value is not None and name in DEFAULTS:
-            _check_option(name, value)
+    check_options(options)
     largest = max((size for weight in weights.values() for size in weight.shape), default=0)
     for name in AS_TYPED:
         if _number(options.get(name) or 0) > largest:
             raise AdminError(f"its setting {name} is {options[name]}, larger than any of its weights")
-    for name in POSITIONS:
-        value = options.get(name)
-        if value is not None and not (type(value) is int and 0 < value <= LONGEST):
-            raise AdminError(f"its setting {name} is {value!r:.50}; read are numbers up to {LONGEST}")
     for stack, own in layers.items():
         is_pruned = options.get(f"{stack}_layers_to_keep")
         sizes = {"layers": None if is_pruned else len(own)}
@@ -166,12 +160,27 @@ def check_settings(args: Namespace, weights: Weights, layers: Layers) -> None:
             raise AdminError(f"its settings are not those of {args.arch} ({what})") from error
 
 
+def check_options(options: dict[str, Any], named: Callable[[str], str] = "its setting {}".format) -> None:
+    """Of a checkpoint, and of a model that is about to be built and trained; ``named`` is what messages call an option.
+
+    Raises:
+        AdminError: an option of the model has a value that it cannot have.
+    """
+    for name, value in options.items():
+        if value is not None and name in DEFAULTS:
+            _check_option(name, value, named(name))
+    for name in POSITIONS:
+        value = options.get(name)
+        if value is not None and not (type(value) is int and 0 < value <= LONGEST):
+            raise AdminError(f"{named(name)} is {str(value)[:50]}; read are numbers from 1 to {LONGEST}")
+
+
 def _number(value: Any) -> Any:
     """Of a string of digits its number."""
     return int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,10}", value) else value
 
 
-def _check_option(name: str, value: Any) -> None:
+def _check_option(name: str, value: Any, named: str) -> None:
     default, value = DEFAULTS[name], _number(value) if name in AS_TYPED else value
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if name == "activation_fn":
@@ -185,7 +194,7 @@ def _check_option(name: str, value: Any) -> None:
     else:
         fits = True
     if not fits:
-        raise AdminError(f"its setting {name} is {str(value)[:50]!r}, which is no value of that option")
+        raise AdminError(f"{named} is {str(value)[:50]!r}, which is no value of that option")
 
 
 def _check_average(average: Any, weights: Weights, name: str) -> None:

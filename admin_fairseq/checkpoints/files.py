@@ -30,11 +30,7 @@ def load(path: str, finite: bool = False, checked: bool = True) -> State:
         AdminError: the file is missing or not such a checkpoint, or holds other than tensors and plain data.
     """
     if not os.path.isfile(path):
-        if not os.path.isdir(path):
-            raise AdminError(f"no such file: {path}")
-        names = [os.path.join(path, f"checkpoint_{name}.pt") for name in ("best", "last")]
-        held = " or ".join(name for name in names if os.path.isfile(name))
-        raise AdminError(f"{path} is a folder, not a checkpoint" + f"; give {held}" * bool(held))
+        raise AdminError(missing(path))
     try:
         with open(path, "rb") as file:
             state = read(file)
@@ -47,6 +43,15 @@ def load(path: str, finite: bool = False, checked: bool = True) -> State:
         if finite:
             checks.check_finite(state)
     return state
+
+
+def missing(path: str) -> str:
+    """What to say of a checkpoint's path where no file is; of a folder, which files are in it."""
+    if not os.path.isdir(path):
+        return f"no such file: {path}"
+    names = [os.path.join(path, f"checkpoint_{name}.pt") for name in ("best", "last")]
+    held = " or ".join(name for name in names if os.path.isfile(name))
+    return f"{path} is a folder, not a checkpoint" + f"; give {held}" * bool(held)
 
 
 @contextlib.contextmanager

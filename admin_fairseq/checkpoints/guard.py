@@ -178,15 +178,22 @@ def _check_text(text: str, name: str) -> None:
         raise AdminError(f"its setting {name} is {_short(text)}, which would be replaced by what that stands for here")
     if name in NAMES and not re.fullmatch(r"[\w.@-]*", text):
         raise AdminError(f"its setting {name} is {_short(text)}, which is no name")
-    if name in EVALUATED and text:
+    check_evaluated(text, name, f"its setting {name}")
+
+
+def check_evaluated(text: Any, name: str, named: str) -> None:
+    """Of an option of any name, which messages call ``named``.
+
+    Raises:
+        AdminError: it is text that fairseq evaluates, and not of the values that it should be.
+    """
+    if name in EVALUATED and text and isinstance(text, str):
         try:
             is_value = _has_form(literal(text), EVALUATED[name])
         except AdminError:
             is_value = False
         if not is_value:
-            raise AdminError(
-                f"its setting {name} is {_short(text)}, which fairseq would run as code; read are {EVALUATED[name]}"
-            )
+            raise AdminError(f"{named} is {_short(text)}, which fairseq would run as code; read are {EVALUATED[name]}")
 
 
 def _short(text: Any) -> str:

@@ -17,9 +17,9 @@ search() {
     setting LENPEN "$2" "exponent of the length in the hypotheses' scores" decimal
 }
 
-# the newest LAST epochs' checkpoints, as words NAME@TIME: steps that were given others are done again
-newest_checkpoints() {
-    find -H "$RUN" -maxdepth 1 -regex '.*/checkpoint[0-9]+\.pt' -printf '%f@%T@\n' 2>/dev/null | sort -Vr | head -n "$LAST"
+# checkpoints NAMES: RUN's newest LAST of these names, as words NAME@TIME: steps that were given others are done again
+checkpoints() {
+    find -H "$RUN" -maxdepth 1 -regex ".*/checkpoint$1\.pt" -printf '%f@%T@\n' 2>/dev/null | sort -Vr | head -n "$LAST"
 }
 
 # average NAME@TIME...
@@ -55,8 +55,10 @@ evaluate() {
     take_options "${@:2}"
     begin "$text" "${ARGUMENTS[@]}"
     need_data
-    mapfile -t checkpoints < <(newest_checkpoints)
-    [ ${#checkpoints[@]} != 0 ] || die "$RUN holds no epoch's checkpoint; run $(dirname "$0")/train.sh first"
+    mapfile -t checkpoints < <(checkpoints '[0-9]+')
+    # of a training that ended within its first epoch
+    [ ${#checkpoints[@]} != 0 ] || mapfile -t checkpoints < <(checkpoints _last)
+    [ ${#checkpoints[@]} != 0 ] || die "$RUN holds no checkpoint; run $(dirname "$0")/train.sh first"
     OUT=$(realpath "$RUN")/test
     claim "$OUT"
     rm -f "$OUT"/*.tmp  # of a run that was killed

@@ -37,6 +37,11 @@ def test_profiles_by_itself(trained):
     assert found["decoder"] == sorted(found["decoder"])
 
 
+def test_folded_says_what_it_needs(trained, tmp_path, capsys):
+    main(["fold", str(trained[0] / "checkpoint_last.pt"), str(tmp_path / "out.pt")])
+    assert "as a stock transformer_lm; without the plugin" in capsys.readouterr().out
+
+
 def test_resumes(trained, text):
     folder, _ = trained
     resumed = run("fairseq-train", *lm_command(text, folder, "transformer_lm_admin_12", "--max-update", "4"))

@@ -157,6 +157,10 @@ def test_language_model_beside_a_translator(model, data, text, tmp_path):
     if DEFAULT_COMBINATION:  # others go on from the block
         argv = [text, "--task", "language_modeling", "--path", lm / "checkpoint_last.pt", "--cpu", *NO_LOADER]
         assert "--sample-break-mode eos" in line(generate, *argv, "--tokens-per-sample", 32)
+    argv = [text, "--task", "language_modeling", "--path", lm / "checkpoint_last.pt", "--cpu", *NO_LOADER]
+    for skipping in ([], ["--skip-invalid-size-inputs-valid-test"]):
+        said = line(generate, *argv, *skipping)
+        assert "--sample-break-mode eos" in said and "train" not in said
 
 
 def test_checkpoints_written_beside_training(model, tmp_path, monkeypatch):
@@ -206,8 +210,11 @@ def test_misspelt(data, wrong, meant):
     ("wrong", "said"),
     [
         (["--share-all-embeddings"], "fairseq-preprocess --joined-dictionary"),
-        (["--restore-file", "nope.pt"], "--restore-file nope.pt: no such file"),
+        (["--restore-file", "nope.pt"], "--restore-file: no such file: nope.pt; "),
         (["--restore-file", "nope/checkpoint_last.pt"], "no such file"),
+        (["--restore-file", "{run}"], "--restore-file: {run} is a folder, not a checkpoint; give {run}/checkpoint_"),
+        (["--finetune-from-model", "nope.pt"], "--finetune-from-model: no such file: nope.pt"),
+        (["--finetune-from-model", "{run}"], "{run} is a folder, not a checkpoint; give {run}/checkpoint_last.pt"),
         (["--best-checkpoint-metric", "bleu"], "bleu needs --eval-bleu"),
         (["--best-checkpoint-metric", "bleux", "--max-update", 1], "--best-checkpoint-metric bleux: validation"),
         (["--eval-bleu", "--eval-bleu-args", "{beam: 5}"], "not JSON: {beam: 5} ("),
@@ -215,10 +222,18 @@ def test_misspelt(data, wrong, meant):
         (["--max-tokens", 2], "none that fits --max-tokens"),
         (["--max-tokens", 8, "--max-update", 1], "exceed max_tokens=8: raise --max-tokens"),
         (["--update-freq", "2,0"], "give a number of at least 1"),
+        (["--adam-betas", "(0.9 0.98)"], "--adam-betas is '(0.9 0.98)', which fairseq would run as code; read are nu"),
+        (["--fp16"], "--fp16 needs a GPU; on CPUs take --bf16"),
+        (["--encoder-layerdrop", 2], "--encoder-layerdrop is '2.0', which is no value of that option"),
+        (["--decoder-layerdrop", "-0.5"], "--decoder-layerdrop is '-0.5', which is no"),
+        (["--dropout", 1.5], "--dropout is '1.5', which is no value of that option"),
+        (["--max-source-positions", 2000000], "--max-source-positions is 2000000; read are numbers from 1 to 1048576"),
     ],
 )
 def test_a_training_that_cannot_be(model, other, tmp_path, wrong, said):
     folder = other if "--share-all-embeddings" in wrong else model[1][0]
+    run = str(model[0].parent)
+    wrong, said = [str(word).replace("{run}", run) for word in wrong], said.replace("{run}", run)
     assert said in line(train, folder, *model[1][1:], *wrong, "--save-dir", tmp_path, "--max-epoch", 1)
     assert not list(tmp_path.glob("*.pt"))
 
@@ -283,5 +298,5 @@ def test_every_name_is_on_the_page():
 def test_what_else_is_wrong_is_said_too(data):
     said = line(train, data, "--arch", "transformer_admin", "--init-type", "adaptive", "--tyop", "--min-lr", "1e-9")
     assert said.index("--init-type adaptive: drop it") < said.index("--tyop: no option") < said.index("--min-lr: ")
-    with pytest.raises(SystemExit):  # fairseq's own words
-        options.parse_args_and_arch(options.get_training_parser(), [str(data), "--arch", "transformer", "--tyop"])
+    assert line(train, data, "--arch", "transformer", "--tyop", 3) == "--tyop: no option of this fairseq"
+    assert line(train, data, data, "--arch", "transformer") == f"unrecognized arguments: {data}"

@@ -283,7 +283,7 @@ def broken_data(data, tmp_path):
         (["--encoder-normalize-before"], "Post-LN"),
         (["--admin-init", "logn", "--admin-profile", "p.json"], "exclude each other"),
         (["--admin-profile", "/does/not/exist.json"], "/does/not/exist.json"),
-        (["--admin-margin", "0"], "--admin-margin must be positive, not 0.0"),
+        (["--admin-margin", "0"], "--admin-margin must be a positive number, not 0.0"),
     ],
 )
 def test_bad_options(data, tmp_path, options, needle):
@@ -314,7 +314,7 @@ def test_save_dir_is_a_file(data, tmp_path):
 def test_finetune_from_nothing_or_from_another_depth(trained, data, tmp_path):
     folder, _ = trained
     missing = train(data, tmp_path / "save", "--finetune-from-model", tmp_path / "nope.pt")
-    assert_refused(missing, "nope.pt does not exist", tmp_path / "save")
+    assert_refused(missing, "no such file: ", tmp_path / "save")
     deeper = ["--encoder-layers", "4", "--finetune-from-model", folder / "checkpoint_last.pt"]
     assert_refused(train(data, tmp_path / "save", *deeper), "architectures match", tmp_path / "save")
 

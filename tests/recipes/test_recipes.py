@@ -162,7 +162,7 @@ def test_a_step_whose_child_dies_is_not_done(finished, tmp_path):
         ("train", {"PRECISION": "fp16"}, "PRECISION=fp16 needs a GPU"),
         ("train", {"SCHEDULE": "linear"}, "SCHEDULE=linear needs UPDATES"),
         ("evaluate", {"LAST": "many"}, "LAST=many: give a whole number"),
-        ("evaluate", {}, "holds no epoch's checkpoint"),
+        ("evaluate", {}, "holds no checkpoint"),
     ],
 )
 def test_bad_settings(tmp_path, name, settings, needle):
@@ -314,6 +314,16 @@ def test_evaluation_follows_what_changed(copied):
     assert longer.returncode == 0, longer.stdout
     assert "already done" not in longer.stdout
     assert "checkpoint3.pt" in longer.stdout
+
+
+def test_evaluation_within_the_first_epoch(copied):
+    """Where fairseq ends by --max-update before an epoch does, it leaves no epoch's checkpoint."""
+    folder = copied("multi30k_de_en")
+    for epoch in folder.rglob("checkpoint[0-9]*.pt"):
+        epoch.unlink()
+    result = script("multi30k_de_en", "evaluate", folder=folder)
+    assert result.returncode == 0, result.stdout
+    assert "checkpoint_last.pt" in result.stdout
 
 
 def test_own_corpus(tmp_path):

@@ -100,7 +100,7 @@ def test_stock_checkpoint_loads_with_omega_one(build, batch):
         (["--admin-init", "logn", "--admin-profile-batches", "2"], "no effect"),
         (["--admin-profile-batches", "0"], "at least 1"),
         (["--admin-init", "logn", "--admin-margin", "4"], "--admin-margin has no effect"),
-        (["--admin-margin", "nan"], "must be positive"),
+        (["--admin-margin", "nan"], "must be a positive number"),
     ],
 )
 def test_conflicting_options_are_refused(build, options, message):
