@@ -441,6 +441,36 @@ def test_a_hostile_file_is_not_read(tmp_path, monkeypatch, what):
     assert os.listdir(tmp_path) == ["bad.pt"]
 
 
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("TorchScript's mark", "a TorchScript archive"),
+        ("tar", "a tar archive"),
+        ("a compressed archive", "its parts are compressed, which torch.save does not do"),
+        ("overlapping parts", "its parts are larger than the file"),
+        ("gadget: a persistent name", ""),
+        ("gadget: an old-style object", "it holds more than data"),
+        ("gadget: an object of what holds none", "it makes an object of what makes none"),
+        ("gadget: a state for a listed class", "it sets the state of what has none"),
+        ("tensor: negative numbers", "a tensor of -1 numbers is larger than its part of the file"),
+        *(
+            (f"tensor: {what}", "a tensor's shape is not made of numbers")
+            for what in ("strides without sizes", "a negative start", "negative strides", "a shape of text")
+        ),
+    ],
+)
+def test_why_a_hostile_file_is_not_read(tmp_path, what, reason):
+    (tmp_path / "bad.pt").write_bytes(FILES[what]())
+    refused(rf"bad\.pt is not a fairseq checkpoint \({reason}", files.load, str(tmp_path / "bad.pt"))
+
+
+@pytest.mark.skipif(not hasattr(torch.serialization, "safe_globals"), reason="torch before 2.5")
+def test_what_torch_was_told_to_load_is_not(tmp_path):
+    with torch.serialization.safe_globals([type(Path())]):
+        path = written(tmp_path, {"model": {}, "a": Path()})
+        refused("holds an object of pathlib", files.load, path)
+
+
 def stored(count, kind="FloatStorage", key="0"):
     """A checkpoint with a tensor of so many numbers, of 64 bytes in the file."""
     count = hostile.number(count)
@@ -488,7 +518,8 @@ def test_an_empty_tensor_and_a_dtype(tmp_path):
 def test_dtypes_of_other_than_numbers(state):
     with pytest.raises(pickle.UnpicklingError, match=r"^Unsupported class numpy\.dtype of other than numbers$"):
         unpickling.PlainType("f4").__setstate__(state)
-    unpickling.PlainType("f4").__setstate__((3, "|", None, None, None))
+    for order in "<|=":
+        unpickling.PlainType("f4").__setstate__((3, order, None, None, None))
     with pytest.raises(pickle.UnpicklingError, match=r"^Unsupported class numpy\.dtype\('O8'\)$"):
         unpickling.PlainType("O8")
     with pytest.raises(pickle.UnpicklingError, match=r"^an array's values are not bytes$"):
