@@ -537,6 +537,16 @@ def test_arrays(tmp_path, shape, order):
     )
 
 
+def test_the_form_before_torch_1_6(tmp_path):
+    state = {"model": {"w": torch.arange(3.0), "h": torch.ones(2).half()}, "counts": np.arange(3)}
+    torch.save(state, tmp_path / "c.pt", _use_new_zipfile_serialization=False)
+    read = files.load(str(tmp_path / "c.pt"))
+    assert all(torch.equal(read["model"][name], weight) for name, weight in state["model"].items())
+    with open(os.open(tmp_path / "c.pt", os.O_RDONLY), "rb") as file:  # which has no name
+        assert files.read(file)["counts"].tolist() == [0, 1, 2]
+    assert torch.serialization.pickle is pickle
+
+
 def test_bytes_are_not_made_by_a_number(tmp_path):
     (tmp_path / "c.pt").write_bytes(hostile.archive(hostile.state(hostile.call("builtins", "bytes", hostile.LONG))))
     refused("is not a fairseq checkpoint", files.load, str(tmp_path / "c.pt"))
