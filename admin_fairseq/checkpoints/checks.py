@@ -172,7 +172,7 @@ def check_options(options: dict[str, Any], named: Callable[[str], str] = "its se
     for name in POSITIONS:
         value = options.get(name)
         if value is not None and not (type(value) is int and 0 < value <= LONGEST):
-            raise AdminError(f"{named(name)} is {str(value)[:50]}; read are numbers from 1 to {LONGEST}")
+            raise AdminError(f"{named(name)} is {value!r:.50}; read are numbers from 1 to {LONGEST}")
 
 
 def _number(value: Any) -> Any:

@@ -129,7 +129,7 @@ def test_weights_that_fit(name, value):
         ({"encoder_attention_heads": 3}, "its setting encoder_attention_heads is 3, which does not divide 4"),
         ({"encoder_attention_heads": 0}, "its setting encoder_attention_heads is 0, which does not divide 4"),
         *(
-            ({"max_source_positions": value}, "its setting max_source_positions is .*; read are numbers up to 1048576")
+            ({"max_source_positions": value}, "its setting max_source_positions is .*; read are numbers from 1 to 1048576")
             for value in (0, -1, 2**20 + 1)
         ),
         ({"tokens_per_sample": 2.5}, "its setting tokens_per_sample is 2.5; read"),
@@ -412,6 +412,36 @@ def test_what_is_saved_is_read(tmp_path):
     assert os.listdir(tmp_path) == ["c.pt"]
 
 
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("TorchScript's mark", "a TorchScript archive"),
+        ("tar", "a tar archive"),
+        ("a compressed archive", "its parts are compressed, which torch.save does not do"),
+        ("overlapping parts", "its parts are larger than the file"),
+        ("gadget: a persistent name", "it names what is no storage"),
+        ("gadget: an old-style object", "it holds more than data"),
+        ("gadget: an object of what holds none", "it makes an object of what makes none"),
+        ("gadget: a state for a listed class", "it sets the state of what has none"),
+        ("tensor: negative numbers", "a tensor's length is no number"),
+        *(
+            (f"tensor: {what}", "a tensor's shape is not made of numbers")
+            for what in ("strides without sizes", "a negative start", "negative strides", "a shape of text")
+        ),
+    ],
+)
+def test_why_a_hostile_file_is_not_read(tmp_path, what, reason):
+    (tmp_path / "bad.pt").write_bytes(hostile.files()[what]())
+    refused(rf"bad\.pt is not a fairseq checkpoint \({reason}", files.load, str(tmp_path / "bad.pt"))
+
+
+@pytest.mark.skipif(not hasattr(torch.serialization, "safe_globals"), reason="torch before 2.5")
+def test_what_torch_was_told_to_load_is_not(tmp_path):
+    with torch.serialization.safe_globals([type(Path())]):
+        path = written(tmp_path, {"model": {}, "a": Path()})
+        refused("holds an object of pathlib", files.load, path)
+
+
 def stored(count, kind="FloatStorage", key="0"):
     """A checkpoint with a tensor of so many numbers, of 64 bytes in the file."""
     count = hostile.number(count)
@@ -462,7 +492,8 @@ def test_an_empty_tensor_and_a_dtype(tmp_path):
 def test_dtypes_of_other_than_numbers(state):
     with pytest.raises(pickle.UnpicklingError, match=r"^Unsupported class numpy\.dtype of other than numbers$"):
         unpickling.PlainType("f4").__setstate__(state)
-    unpickling.PlainType("f4").__setstate__((3, "|", None, None, None))
+    for order in "<|=":
+        unpickling.PlainType("f4").__setstate__((3, order, None, None, None))
     with pytest.raises(pickle.UnpicklingError, match=r"^Unsupported class numpy\.dtype\('O8'\)$"):
         unpickling.PlainType("O8")
     with pytest.raises(pickle.UnpicklingError, match=r"^an array's values are not bytes$"):
@@ -478,6 +509,16 @@ def test_arrays(tmp_path, shape, order):
     assert (read.dtype, read.flags.f_contiguous, read.flags.c_contiguous) == (
         *(array.dtype, array.flags.f_contiguous, array.flags.c_contiguous),
     )
+
+
+def test_the_form_before_torch_1_6(tmp_path):
+    state = {"model": {"w": torch.arange(3.0), "h": torch.ones(2).half()}, "counts": np.arange(3)}
+    torch.save(state, tmp_path / "c.pt", _use_new_zipfile_serialization=False)
+    read = files.load(str(tmp_path / "c.pt"))
+    assert all(torch.equal(read["model"][name], weight) for name, weight in state["model"].items())
+    with open(os.open(tmp_path / "c.pt", os.O_RDONLY), "rb") as file:  # which has no name
+        assert files.read(file)["counts"].tolist() == [0, 1, 2]
+    assert torch.serialization.pickle is pickle
 
 
 def test_bytes_are_not_made_by_a_number(tmp_path):
