@@ -20,7 +20,8 @@ LAYERS = [
     "model methods two_streams",
     "profile_file turns",
     "profiling",
-    "start metrics watch checkpoints old_numpy listing hints",
+    "start metrics watch checkpoints old_numpy listing",
+    "hints",
     "hooks",
     "plugin",
     "__init__",  # the public face
