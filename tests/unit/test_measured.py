@@ -12,6 +12,7 @@ from admin_fairseq.fast.measured import MEASURED, wanted
 def test_the_page_shows_the_table():
     page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
     rows = [re.split(r" *\| *", line.strip("| ")) for line in page.splitlines() if line.startswith("| `")]
+    rows = [row for row in rows if len(row) == 5]
     assert {row[0].strip("`"): row[3] == "on" for row in rows} == {
         feature: "cpu" in devices for feature, devices in MEASURED.items()
     }

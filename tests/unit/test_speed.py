@@ -209,7 +209,7 @@ def test_a_process_keeps_its_models_while_batches_alone_differ(tmp_path, capfd):
     assert process.running is running
     small, large = (answer["rounds"]["admin:loss+adam"][0]["tokens"] for answer in (small, large))
     assert 0 < small <= 100 < large <= 300
-    with pytest.raises(AdminError, match=r"measuring admin:loss\+adam 1-1 failed \(2\): .*no-such-option"):
+    with pytest.raises(AdminError, match=r"measuring admin:loss\+adam 1-1 failed \(1\): .*no-such-option"):
         process({**base, "max_tokens": 100, "extra": ["--no-such-option"]})
     assert running.poll() is not None and process.running is None
     process.close()
