@@ -19,8 +19,8 @@ help:
 	@echo "make kills      50 kills a command and a step of a recipe, instead of the 2 of test-all"
 	@echo "make fuzz       10,000 damaged checkpoints and profiles against every command"
 	@echo "make test-slow  tests that take minutes each: 72 layers at full width"
-	@echo "make coverage   branches of the core that the tests of 'make test' reach (installs coverage in $(VENV))"
-	@echo "make mutants    which changed lines no test notices: FILES=\"norm checkpoints/files\" (installs mutmut in $(VENV))"
+	@echo "make coverage   branches of the core that tests reach (first: $(BIN)/pip install coverage)"
+	@echo "make mutants    which changed lines no test notices: FILES=\"norm checkpoints/files\" (first: $(BIN)/pip install coverage mutmut)"
 	@echo "make gpu-report PYTHON=python  speed on a GPU, with a Python that has torch for it; figures in OUT=gpu-report"
 	@echo "make clean      remove the environment and the demo's output"
 
@@ -57,13 +57,11 @@ test-slow: $(READY)
 	$(PYTEST) -m slow
 
 coverage: $(READY)
-	$(PIP) coverage
 	$(BIN)/python -m coverage run -m pytest tests/unit tests/commands --deselect $(KERNELS)
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report
 
 mutants: $(READY)
-	$(PIP) coverage mutmut
 	$(BIN)/python tests/mutants.py $(FILES)
 
 gpu-report:
