@@ -19,8 +19,8 @@ help:
 	@echo "make kills      50 kills a command and a step of a recipe, instead of the 2 of test-all"
 	@echo "make fuzz       10,000 damaged checkpoints and profiles against every command"
 	@echo "make test-slow  tests that take minutes each: 72 layers at full width"
-	@echo "make coverage   branches of the core that the tests of 'make test' reach (needs coverage in $(VENV))"
-	@echo "make mutants    which changed lines no test notices: FILES=\"norm checkpoints/files\" (needs coverage and mutmut)"
+	@echo "make coverage   branches of the core that tests reach (first: $(BIN)/pip install coverage)"
+	@echo "make mutants    which changed lines no test notices: FILES=\"norm checkpoints/files\" (first: $(BIN)/pip install coverage mutmut)"
 	@echo "make gpu-report PYTHON=python  all that only a GPU shows, in nine minutes, with a Python that has torch for it"
 	@echo "make clean      remove the environment and the demo's output"
 

@@ -1,9 +1,9 @@
 """Mutation testing: is there a test that fails when a line says something else?   python tests/mutants.py [FILE ...]
 
-mutmut's operators (pip install mutmut), a negated condition for each `if`, and each call that stands alone left out;
-not in texts of messages, docstrings, and types. mutmut itself takes no function with a decorator, no table and no
-class in a class, of which the reading of checkpoints is made. Here a mutant is a fork of a pytest that has run once:
-functions get other code, a table has its module run again. Of the tests those run that reach the changed lines.
+mutmut's operators (pip install coverage mutmut), a negated condition for each `if`, and each call that stands alone
+left out; not in texts of messages, docstrings, and types. mutmut itself takes no function with a decorator, no table
+and no class in a class, of which the reading of checkpoints is made. Here a mutant is a fork of a pytest that has run
+once: functions get other code, a table has its module run again. Of the tests those run that reach the changed lines.
 
 Survivors are printed as a diff; the last line counts. A mutant is only looked for in the tests below, in this process.
 """
@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="take one mutant in so many")
     parser.add_argument("--lines", type=int, nargs="*", default=[], help="only those of these lines")
     parser.add_argument(
-        "--budget", type=float, default=4, help="seconds of tests that a mutant may take, of the quickest"
+        "--budget", type=float, default=60, help="seconds of tests that a mutant may take, of the quickest"
     )
     parser.add_argument("--tables", action="store_true", help="those outside functions instead of those inside")
     arguments = parser.parse_args()

@@ -166,9 +166,9 @@ def test_each_option_by_its_form(name):
     bad += ["[[[1]]]"] if form != "a dictionary" else ["[1]"]
     bad += [] if form in ("lists of numbers", "a dictionary") else ["[[1]]"]
     bad += ["(" * 300 + ")" * 300, "[1", "\0"]
-    for text in bad:
+    for value in (*bad, ["print(1)"]):
         with pytest.raises(AdminError, match=f"its setting {name} is .*, which fairseq would run as code; read are"):
-            checked({name: text})
+            checked({name: value})
 
 
 @pytest.mark.parametrize(
@@ -242,6 +242,16 @@ def test_settings_of_absurd_size(tmp_path):
     for value in (b"True", torch.ones(1), {(1, 2): 3}):
         with pytest.raises(AdminError, match=r"no value|not text"):
             read(tmp_path, {"args": {"adam_betas": value}})
+
+
+def test_what_fairseq_cannot_upgrade_is_one_line(tmp_path):
+    with pytest.raises(
+        AdminError, match=r"c\.pt is not a checkpoint that this fairseq reads \(\w+Error: .*\)$"
+    ) as error:
+        read_by_fairseq(tmp_path, {"args": Namespace(), "optimizer_history": 3})
+    assert "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError):
+        checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "none.pt"))
 
 
 def nested(levels, kind):
