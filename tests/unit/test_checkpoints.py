@@ -129,7 +129,7 @@ def test_weights_that_fit(name, value):
         ({"encoder_attention_heads": 3}, "its setting encoder_attention_heads is 3, which does not divide 4"),
         ({"encoder_attention_heads": 0}, "its setting encoder_attention_heads is 0, which does not divide 4"),
         *(
-            ({"max_source_positions": value}, "its setting max_source_positions is .*; read are numbers from 1 to 1048576")
+            ({"max_source_positions": value}, "max_source_positions is .*; read are numbers from 1 to 1048576")
             for value in (0, -1, 2**20 + 1)
         ),
         ({"tokens_per_sample": 2.5}, "its setting tokens_per_sample is 2.5; read"),
