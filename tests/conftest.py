@@ -13,7 +13,6 @@ from fairseq import utils
 from helpers import TINY, TRAIN, built, lm_command, preprocess, write_split
 from tqdm import tqdm
 
-from admin_fairseq import profiling
 from admin_fairseq.analysis import amplification, dependency, gradients
 
 
@@ -83,7 +82,7 @@ def batch(train_set):
 
 @pytest.fixture
 def bars(monkeypatch):
-    """The progress bars that analyses and the pre-pass make, which show nothing in commands as short as the tests'."""
+    """The progress bars that analyses make, which show nothing in commands as short as the tests'."""
     made = []
 
     class Noted(tqdm):
@@ -91,7 +90,7 @@ def bars(monkeypatch):
             super().__init__(*args, **options)
             made.append(self)
 
-    for module in (amplification, dependency, gradients, profiling):
+    for module in (amplification, dependency, gradients):
         monkeypatch.setattr(module, "tqdm", Noted)
     return made
 

@@ -103,7 +103,7 @@ def test_a_checkpoint_is_measured_before_and_after(analyze, data, tmp_path):
             ["amplification", "--arch", "transformer_lm_admin"],
             "transformer_lm_admin cannot read random words: give DATA",
         ),
-        (["amplification", "--arch", "transformer_lm_admin", "--nope"], "unrecognized arguments: --nope"),
+        (["amplification", "--arch", "transformer_lm_admin", "--nope"], "--nope: no option of this fairseq"),
         (["dependency", "DATA", "--arch", "lstm", "--max-tokens", "300", "--cpu"], "LSTMModel is no Transformer"),
         (["dependency", "--path", "DATA"], "holds no checkpoint_last.pt .if it is DATA: that comes first"),
     ],

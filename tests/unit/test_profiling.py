@@ -7,8 +7,9 @@ import pytest
 import torch
 from fairseq.modules.quantization.scalar.modules import IntLinear
 from fairseq.quantization_utils import quantize_model_scalar
+from tqdm import tqdm
 
-from admin_fairseq import AdminError, Profile, profile, read_profile, sub_layers
+from admin_fairseq import AdminError, Profile, profile, profiling, read_profile, sub_layers
 from admin_fairseq.omega import MARGIN
 from admin_fairseq.profiling import _moments, _variance
 
@@ -142,7 +143,9 @@ def test_a_language_model_reads_its_source(build_lm):
     assert profile(model, [({"src_tokens": tokens}, True)]).tokens == {"decoder": 5}
 
 
-def test_the_bar_counts_sub_layers(build, batch, bars, capsys):
+def test_the_bar_counts_sub_layers(build, batch, monkeypatch, capsys):
+    bars = []
+    monkeypatch.setattr(profiling, "tqdm", lambda *args, **options: bars.append(tqdm(*args, **options)) or bars[-1])
     model, _, _ = build("transformer_admin", *NO_DROPOUT)
     sample = (batch()["net_input"], True)
     profile(model, [sample, sample], progress=True)
