@@ -26,26 +26,30 @@ def script(root: Path, *arguments: object, **environment: str) -> subprocess.Com
     )
 
 
-def test_rehearsal(tmp_path):
+@pytest.mark.parametrize("parts", ["kernels scale", pytest.param("batches features", marks=pytest.mark.slow)])
+def test_rehearsal(tmp_path, parts):
     """All parts but the tests, which run by themselves: each leaves its figures; what is printed is in gpu.log."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    settings = {"REHEARSE": "1", "PARTS": "kernels batches features scale", "SECONDS_LEFT": "800"}
+    settings = {"REHEARSE": "1", "PARTS": parts, "SECONDS_LEFT": "800"}
     done = script(ROOT, tmp_path, **settings, TORCHDYNAMO_DISABLE="1")  # g++ takes half a minute
     assert done.returncode == 0, done.stdout
     assert (tmp_path / "gpu.log").read_text() == done.stdout
-    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 7
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == (3 if "scale" in parts else 5)
 
     def table(name):
         with (tmp_path / name).open() as file:
             return list(csv.DictReader(file))
 
-    assert {row["computed"] for row in table("kernel/kernel.csv")} == {"stock", "eager", "fused", "torch.compile"}
+    if "scale" in parts:
+        assert '5 "loss_scale": "128"\n' in done.stdout
+        computed = {row["computed"] for row in table("kernel/kernel.csv")}
+        assert computed == {"stock", "eager", "fused", "torch.compile"}
+        return
     stock, admin = table("batches/speed.csv")
     assert (stock["method"], admin["method"]) == ("postln", "admin")
     assert float(admin["tokens_ratio"]) > 0 and "no larger batch" in admin["ended_at"]
     off, *_, everything = [row["method"] for row in table("features/speed.csv")][1:]
     assert (off, everything) == ("admin:off", "admin:all")
-    assert '5 "loss_scale": "128"\n' in done.stdout
 
 
 @pytest.fixture
