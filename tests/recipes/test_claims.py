@@ -23,6 +23,7 @@ def test_grids(experiment):
         assert len(args.warmup) == 1 or "--lr-scheduler polynomial_decay" in " ".join(options)
 
 
+@pytest.mark.slow
 def test_from_training_to_figure(data, tmp_path, monkeypatch, capfd):
     small = [
         claims.Variant("SGD, fast", "--warmup 1 --lr 0.1", "--optimizer sgd --momentum 0.9"),

@@ -430,6 +430,7 @@ class Mine(Rule):
 """
 
 
+@pytest.mark.slow  # commands/test_extending.py has both in a comparison, too
 def test_own_methods_and_variants_beside_what_is_finished(first: Any, data: Path, tmp_path: Path):
     """A method of a folder outside the package, and a default that a variant replaces."""
     out = shutil.copytree(first[0], tmp_path / "out")
