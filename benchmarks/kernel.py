@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Callable, Dict, Iterator, List
 
 import torch
-import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -122,6 +121,14 @@ def passes(compute: fast_norm.Fused, sets: list[tuple[list[Tensor], Tensor]], p:
     return {"forward": forward, "backward": backward}
 
 
+def keep_buffers() -> None:
+    """Let a compiled backward pass run again and again; torch 2.6 and newer would reuse its buffers in the first."""
+    from torch._functorch import config  # torch 2
+
+    if hasattr(config, "donated_buffer"):
+        config.donated_buffer = False
+
+
 def time_as_on_gpu(args: argparse.Namespace) -> Iterator[list[Row]]:
     """The rows of each width and number of tokens."""
     on_gpu = args.device == "cuda"
@@ -130,12 +137,13 @@ def time_as_on_gpu(args: argparse.Namespace) -> Iterator[list[Row]]:
     reference = copy_bandwidth(device, seconds_of)
     print(f"copy: {reference / 1e9:.0f} GB/s", flush=True)
     for width, tokens in itertools.product(args.widths, args.tokens):
-        size = tokens * width * DTYPES[args.dtype].itemsize
+        size = tokens * width * torch.empty(0, dtype=DTYPES[args.dtype]).element_size()
         count = max(3, 2**28 // (3 * size)) if on_gpu else 3  # more than a GPU's cache holds
         sets = [inputs(tokens, width, DTYPES[args.dtype], device) for _ in range(count)]
         calls = {way: passes(compute, sets, args.dropout) for way, compute in ways.items()}
         try:
             torch._dynamo.reset()  # each size is compiled for itself; from the ninth on it would be computed eagerly
+            keep_buffers()
             compiled = passes(torch.compile(eager, dynamic=False), sets, args.dropout)
             compiled["backward"][0]()
             calls["torch.compile"] = compiled
@@ -212,14 +220,13 @@ def main() -> None:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    with torch._functorch.config.patch(donated_buffer=False):  # a compiled backward pass runs again and again
-        for measured in (time_on_cpu if args.device == "cpu" else time_as_on_gpu)(args):
-            rows += measured
-            table = markdown([list(rows[0]), *([str(value) for value in row.values()] for row in rows)])
-            if args.out:
-                text = f"# LN(omega * x + dropout(f))\n\n    {command_line('kernel')}\n\n{table}\n\n{versions(args)}\n"
-                write(args.out / "kernel.md", text)
-                write(args.out / "kernel.csv", as_csv(rows))
+    for measured in (time_on_cpu if args.device == "cpu" else time_as_on_gpu)(args):
+        rows += measured
+        table = markdown([list(rows[0]), *([str(value) for value in row.values()] for row in rows)])
+        if args.out:
+            text = f"# LN(omega * x + dropout(f))\n\n    {command_line('kernel')}\n\n{table}\n\n{versions(args)}\n"
+            write(args.out / "kernel.md", text)
+            write(args.out / "kernel.csv", as_csv(rows))
     print(f"{table}\n\n{versions(args)}")
 
 

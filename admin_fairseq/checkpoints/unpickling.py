@@ -137,6 +137,17 @@ def _key(key: Any) -> Any:
     return key
 
 
+def _keys(keys: Iterable[Any]) -> None:
+    for key in keys:
+        _key(key)
+
+
+def _holder(value: Any, *kinds: type) -> None:
+    """What something is put into, by Python's own ways and not by those of an object in the file."""
+    if type(value) not in kinds:
+        raise pickle.UnpicklingError(f"it puts something into what is no {kinds[0].__name__}")
+
+
 def _ordered(pairs: Any = ()) -> OrderedDict[Any, Any]:
     if type(pairs) not in (tuple, list) or not all(type(pair) in (tuple, list) and len(pair) == 2 for pair in pairs):
         raise pickle.UnpicklingError("it makes a dictionary of what holds no pairs")
@@ -148,6 +159,7 @@ class _Numbers:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self.size = torch.empty(0, dtype=dtype).element_size()  # bytes of one
 
 
 class _Storage:
@@ -279,39 +291,33 @@ class Unpickler(_PythonUnpickler):
         super().load_build()
 
     def load_setitem(self) -> None:
-        self._check_keys(self.stack[-3], [self.stack[-2]])
+        _holder(self.stack[-3], dict, OrderedDict)
+        _key(self.stack[-2])
         super().load_setitem()
 
     def load_setitems(self) -> None:
-        self._check_keys(self.metastack[-1][-1], self.stack[::2])
+        _holder(self.metastack[-1][-1], dict, OrderedDict)
+        _keys(self.stack[::2])
         super().load_setitems()
 
     def load_dict(self) -> None:
-        self._check_keys({}, self.stack[::2])
+        _keys(self.stack[::2])
         super().load_dict()
 
     def load_additems(self) -> None:
-        self._check_keys({}, self.stack)
+        _keys(self.stack)
         super().load_additems()
 
     def load_frozenset(self) -> None:
-        self._check_keys({}, self.stack)
+        _keys(self.stack)
         super().load_frozenset()
 
-    def _check_keys(self, holder: Any, keys: Iterable[Any]) -> None:
-        if type(holder) not in (dict, OrderedDict):
-            raise pickle.UnpicklingError("it puts names into what is no dictionary")
-        for key in keys:
-            _key(key)
-
     def load_appends(self) -> None:
-        if type(self.metastack[-1][-1]) is not list:
-            raise pickle.UnpicklingError("it appends to what is no list")
+        _holder(self.metastack[-1][-1], list)
         super().load_appends()
 
     def load_append(self) -> None:
-        if type(self.stack[-2]) is not list:
-            raise pickle.UnpicklingError("it appends to what is no list")
+        _holder(self.stack[-2], list)
         super().load_append()
 
     def load_long1(self) -> None:
@@ -382,8 +388,7 @@ def _read_archive(file: IO[bytes], whole: int) -> Any:
 
         def storage(kind: _Numbers, key: str, count: int) -> _Storage:
             entry = parts.get(f"data/{key}")
-            size = count * torch.empty(0, dtype=kind.dtype).element_size()
-            if entry is None or size > entry.file_size:
+            if entry is None or count * kind.size > entry.file_size:
                 raise pickle.UnpicklingError(f"a tensor of {count} numbers is larger than its part of the file")
             if key not in found:
                 found[key] = _Storage(kind, count)
@@ -408,7 +413,7 @@ def _read_in_a_row(file: IO[bytes], whole: int) -> Any:
     def storage(kind: _Numbers, key: str, count: int) -> _Storage:
         nonlocal left
         if key not in found:
-            left -= count * torch.empty(0, dtype=kind.dtype).element_size()
+            left -= count * kind.size
             if left < 0:
                 raise pickle.UnpicklingError(f"a tensor of {count} numbers is larger than its part of the file")
             found[key] = _Storage(kind, count)
