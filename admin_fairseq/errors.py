@@ -12,6 +12,10 @@ from typing import Iterable
 
 DATA_HINT = "DATA is the folder that fairseq-preprocess wrote (its --destdir), with dict.<lang>.txt, train and valid"
 
+EMPTY = (
+    "the data set is empty: the --gen-subset or --valid-subset in DATA holds nothing, or nothing that fits"
+    " --max-tokens and the maximum positions; a language model reads line by line with --sample-break-mode eos"
+)
 SIZES = re.compile(
     r"size mismatch for \w+\.(?:embed_tokens|output_projection)\.weight: copying a param with shape"
     r" torch\.Size\(\[(\d+), (\d+)\]\) from checkpoint, the shape in current model is torch\.Size\(\[(\d+), (\d+)\]\)"
@@ -45,6 +49,10 @@ def _explain_fairseq(error: BaseException) -> str | None:
     text, frames = str(error), traceback.extract_tb(error.__traceback__)
     if isinstance(error, AssertionError) and text and "fairseq_cli" in frames[-1].filename:
         return text  # of one option that needs another
+    if isinstance(error, ZeroDivisionError) and frames[-1].filename.endswith(
+        os.path.join("fairseq_cli", "generate.py")
+    ):
+        return EMPTY  # fairseq 0.12.2 divides by the time that no sentence took
     if isinstance(error, KeyError) and "fairseq_cli" in frames[-1].filename and "valid" in frames[-1].name:
         return f"--best-checkpoint-metric {error.args[0]}: validation measures no such thing; bleu needs --eval-bleu"
     files = [frame.filename for frame in frames if f"{os.sep}fairseq{os.sep}" in frame.filename]
@@ -72,11 +80,7 @@ def _explain_fairseq(error: BaseException) -> str | None:
         isinstance(error, IndexError) and frames[-1].name == "batch_by_size"
     ):
         if any(os.path.basename(frame.filename) in ("generate.py", "eval_lm.py", "validate.py") for frame in frames):
-            return (
-                "the data set is empty: the --gen-subset or --valid-subset in DATA holds nothing, or nothing that fits"
-                " --max-tokens and the maximum positions; a language model reads line by line with --sample-break-mode"
-                " eos"
-            )
+            return EMPTY
         return (
             "a data set is empty: train or valid in DATA holds no pair at all, or none that fits --max-tokens and"
             " the maximum positions, or fewer pairs than --required-batch-size-multiple"
