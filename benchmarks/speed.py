@@ -12,7 +12,13 @@ neither forward nor backward pass: gradient norm and clipping, the update, loggi
 process with one model. The pre-pass is compared with training forward passes of the same model on the same batch.
 Generation is beam search to a fixed length with the models as they are. FLOPs are the model's own (three times those of
 the forward pass's matrix products, without padding), their rate is a share of that of a large matrix product measured
-beside it.
+beside it. On a CPU one more update is profiled: the shares of its time by kind of operation.
+
+A method is METHOD[:FEATURES][/DTYPE]: "postln,admin:all/bf16" has stock beside Admin with every faster computation and
+in bf16, on the same batches. lm_METHOD is a language model, whose depth is the second number. The settings of a recipe:
+
+    python -m benchmarks.speed DATA-BIN --methods postln,admin,admin:all,admin:all/bf16 --max-tokens 2048 --out DIR -- \
+        --dropout 0.1 --attention-dropout 0.1 --activation-dropout 0.1
 
 The defaults take about 12 minutes on two quiet cores and 16 GB; fewer --rounds or --depths take less. Where three
 models do not fit, --one-at-a-time gives each its own process, round after round. DIR gets speed.csv, speed.png and
@@ -62,7 +68,7 @@ from benchmarks.common import (
 )
 from benchmarks.figures import against_depth
 from benchmarks.tables import markdown
-from benchmarks.worker import Answer, Setting
+from benchmarks.worker import PARTS, Answer, Setting, Variant
 
 Row = Dict[str, Any]  # of the table
 Worker = Callable[[Setting], Answer]
@@ -118,7 +124,10 @@ FEATURES = ("off", *(name.replace("one", "attention+one") for name in MEASURED),
 
 
 def write_synthetic(folder: Path, vocabulary: int, pairs: int, seed: int = 1) -> str:
-    """A data-bin of random sentences of 5 to 60 words; words are as frequent as 1 / rank."""
+    """A data-bin of random sentences of 5 to 60 words; words are as frequent as 1 / rank.
+
+    The first side is a language model's data, too.
+    """
     random = np.random.RandomState(seed)
     dictionary = Dictionary()
     for i in range(vocabulary - len(dictionary)):
@@ -133,6 +142,9 @@ def write_synthetic(folder: Path, vocabulary: int, pairs: int, seed: int = 1) ->
         for sentence in np.split(words, np.cumsum(lengths[:-1, side])):
             builder.add_item(torch.from_numpy(np.append(sentence, dictionary.eos())))
         builder.finalize(f"{prefix}.idx")
+    (folder / "dict.txt").symlink_to(folder / "dict.de.txt")
+    for ending in ("bin", "idx"):
+        (folder / f"train.{ending}").symlink_to(folder / f"train.de-en.de.{ending}")
     return str(folder)
 
 
@@ -185,13 +197,14 @@ def say(line: str) -> None:
 
 def merged(answers: Iterable[Answer]) -> Answer:
     """Several workers' answers as if one had given them."""
-    whole: Answer = {"rounds": {}, "parameters": {}, "prepass": {}, "generation": {}, "matmul": 0.0}
+    whole: Answer = {key: {} for key in ("rounds", "parameters", "prepass", "generation", "matmul", "parts")}
     for answer in answers:
         for method, found in answer["rounds"].items():
             whole["rounds"].setdefault(method, []).extend(found)
-        for key in ("parameters", "prepass", "generation"):
+        for key in ("parameters", "prepass", "generation", "parts"):
             whole[key].update(answer[key])
-        whole["matmul"] = max(whole["matmul"], answer["matmul"])
+        for method, rate in answer["matmul"].items():
+            whole["matmul"][method] = max(rate, whole["matmul"].get(method, 0.0))
     return whole
 
 
@@ -202,7 +215,8 @@ def rows(answer: Answer, memory: dict[str, float], setting: Setting) -> list[Row
     result = []
     for method, each in found.items():
         row: Row = {"depth": setting["depth"], "layers": encoder + decoder, "sub_layers": 2 * encoder + 3 * decoder}
-        row.update({"max_tokens": setting["max_tokens"], "method": method, "dtype": setting["dtype"]})
+        dtype = Variant.of(method, setting).dtype
+        row.update({"max_tokens": setting["max_tokens"], "method": method, "dtype": dtype})
         row["parameters"] = answer["parameters"][method]
         for part in ("forward", "backward", "optimizer", "step"):
             row[f"{part}_s"] = statistics.median(one[part] for one in each)
@@ -211,7 +225,8 @@ def rows(answer: Answer, memory: dict[str, float], setting: Setting) -> list[Row
             if part == "step":
                 row["ratio_low"], row["ratio_high"] = low, high
         row["tokens_per_s"] = statistics.median(one["tokens"] / one["step"] for one in each)
-        row["flops_share"] = statistics.median(one["flops"] / one["step"] for one in each) / answer["matmul"]
+        row["flops_share"] = statistics.median(one["flops"] / one["step"] for one in each) / answer["matmul"][method]
+        row.update(answer["parts"].get(method, {}))
         row["memory_mb"] = memory.get(method)
         if row["memory_mb"] and memory.get(stock):
             row["memory_ratio"] = row["memory_mb"] / memory[stock]
@@ -307,7 +322,7 @@ COLUMNS = (
     *("backward_s", "optimizer_s", "step_s", "forward_ratio", "backward_ratio", "optimizer_ratio", "step_ratio"),
     *("ratio_low", "ratio_high", "tokens_per_s", "tokens_ratio", "flops_share", "memory_mb", "memory_ratio"),
     *("prepass_forwards", "generation_s", "generation_ratio", "generation_low", "generation_high"),
-    *("largest_max_tokens", "kb_per_token", "ended_at"),
+    *("largest_max_tokens", "kb_per_token", "ended_at", *PARTS, "Python"),
 )
 SHOWN = {
     "depth": "{}",
@@ -350,6 +365,15 @@ def as_markdown(table: list[Row]) -> str:
     return markdown([[row[i] for i in used] for row in (head, *cells)])
 
 
+def where_it_goes(table: list[Row]) -> list[str]:
+    """The shares of an update's time, of each method."""
+    shares, measured = (*PARTS, "Python"), [row for row in table if "Python" in row]
+    if not measured:
+        return []
+    cells = [[row["depth"], row["method"], *(f"{row[share]:.0%}" for share in shares)] for row in measured]
+    return ["", "Where one profiled update's time goes:", "", markdown([["depth", "method", *shares], *cells])]
+
+
 def scaling(table: list[Row]) -> list[str]:
     """Step time per sub-layer by depth, and tokens per second by batch size."""
     lines = []
@@ -384,7 +408,7 @@ def record(table: list[Row], args: Namespace) -> str:
             "",
             as_markdown(table),
             "",
-            *([] if args.gpu_report else scaling(table)),
+            *([] if args.gpu_report else [*scaling(table), *where_it_goes(table)]),
             "",
             f"Medians of {args.rounds} rounds; {ratios}",
             f"Times in seconds an update. Data: {data}.",
@@ -402,7 +426,12 @@ def parse(argv: list[str]) -> Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s [DATA-BIN] --out DIR [options] [-- OPTIONS]",
     )
-    methods = comma_separated(str, f"method; there are {', '.join(METHODS)}", "|".join(METHODS))
+    feature = "|".join(MEASURED)
+    methods = comma_separated(
+        str,
+        f"METHOD[:FEATURES][/DTYPE]; methods are {', '.join(METHODS)}, features off, all or {'+'.join(MEASURED)}",
+        rf"(lm_)?({'|'.join(METHODS)})(:(off|all|({feature})(\+({feature}))*))?(/(fp32|fp16|bf16))?",
+    )
     option = parser.add_argument
     option("data", nargs="?", metavar="DATA-BIN", help="what fairseq-preprocess wrote (default: synthetic)")
     option("--methods", type=methods, default="postln,preln,admin", help="the first is the reference (%(default)s)")
@@ -428,8 +457,9 @@ def parse(argv: list[str]) -> Namespace:
     args.depths = args.depths or (["60-12", "100-100"] if args.gpu_report else ["6-6", "18-18", "60-12"])
     args.methods = ["postln", *(f"admin:{name}" for name in FEATURES)] if args.features else args.methods
     args.max_tokens = args.max_tokens or [4096 if args.gpu_report or args.device == "cuda" else 512]
-    if args.device == "cpu" and args.dtype != "fp32":
-        parser.error(f"--dtype {args.dtype} needs --device cuda")
+    if args.device == "cpu" and "fp16" in (args.dtype, *(method.partition("/")[2] for method in args.methods)):
+        parser.error("fp16 needs --device cuda")
+    args.no_generate |= any(method.startswith("lm_") for method in args.methods)
     if min(args.rounds, args.beam, args.length) < 1:
         parser.error("--rounds, --beam and --length must be at least 1")
     return args

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from argparse import Namespace
-from typing import Any, Dict, Iterable
+from typing import Any, Dict, Iterable, NamedTuple
 
 import numpy as np
 import torch
@@ -31,11 +31,20 @@ from benchmarks.common import peak_memory
 TRAIN = """--optimizer adam --adam-betas (0.9,0.98) --lr-scheduler inverse_sqrt --lr 5e-4 --warmup-updates 4000
 --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --dropout 0.1 --seed 1
 --required-batch-size-multiple 1 --num-workers 0 --distributed-world-size 1 --no-save --log-format none"""
+AS_IT_IS = dict(MEASURED)
 NO_ROOM = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 reset_peak = torch.cuda.reset_peak_memory_stats  # before compare_methods takes it from the trainer
 WARMUP = 2  # updates before the clock counts: the first ones allocate the optimizer's state
 Answer = Dict[str, Any]  # by method, seconds of every round and counts; {"out of memory": True} where they do not fit
 Setting = Dict[str, Any]  # what to measure
+
+
+PARTS = {  # of an update's time, by the operations that take it
+    "matrix products": ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product"),
+    "random numbers": ("bernoulli_", "random_"),
+    "LayerNorm and softmax": ("native_layer_norm", "_softmax", "_log_softmax"),
+    "the rest of torch": ("",),
+}
 
 
 class Clock:
@@ -60,37 +69,48 @@ class Clock:
             torch.cuda.synchronize()
         self.marks.setdefault(name, []).append(time.perf_counter())
 
-    def step(self, sample: dict[str, Any]) -> dict[str, float]:
+    def step(self, samples: list[dict[str, Any]]) -> dict[str, float]:
         """Of one update; a step that fp16's loss scale skipped is none, and is made again with half of it."""
         updates = self.trainer.get_num_updates()
         while self.trainer.get_num_updates() == updates:
             self.marks = {}
             self.mark("step")
-            self.trainer.train_step([sample], raise_oom=True)
+            self.trainer.train_step(samples, raise_oom=True)
             self.mark("step")
-        seconds = {name: end - start for name, (start, end) in self.marks.items()}
+        seconds = {name: sum(times[1::2]) - sum(times[::2]) for name, times in self.marks.items()}
         seconds["optimizer"] = seconds["step"] - seconds["forward"] - seconds["backward"]
         return seconds
 
 
-def make_trainer(method: str, setting: Setting) -> Trainer:
-    encoder, decoder = setting["depth"].split("-")
-    argv = [
-        setting["data"],
-        "--arch",
-        f"transformer_{method.partition(':')[0]}",
-        "--encoder-layers",
-        encoder,
-        "--decoder-layers",
-        decoder,
-    ]
+class Variant(NamedTuple):
+    """What ``--methods`` names: METHOD[:FEATURES][/DTYPE]."""
+
+    method: str
+    features: str | None  # of the table of faster computations, by "+"; None: as the table is
+    dtype: str
+
+    @classmethod
+    def of(cls, name: str, setting: Setting) -> Variant:
+        name, _, dtype = name.partition("/")
+        method, says, features = name.partition(":")
+        return cls(method, features if says else None, dtype or setting["dtype"])
+
+
+def make_trainer(name: str, setting: Setting) -> Trainer:
+    variant, (encoder, decoder) = Variant.of(name, setting), setting["depth"].split("-")
+    argv = [setting["data"], "--arch", f"transformer_{variant.method}", "--decoder-layers", decoder]
+    if variant.method.startswith("lm_"):
+        argv += ["--task", "language_modeling", "--sample-break-mode", "eos"]
+    else:
+        argv += ["--encoder-layers", encoder]
     argv += [*TRAIN.split(), "--max-tokens", str(setting["max_tokens"]), "--save-dir", setting["folder"]]
-    argv += {"fp32": [], "fp16": ["--fp16"], "bf16": ["--bf16"]}[setting["dtype"]]
+    argv += {"fp32": [], "fp16": ["--fp16"], "bf16": ["--bf16"]}[variant.dtype]
     argv += ["--cpu"] if setting["device"] == "cpu" else []
     parser = options.get_training_parser()
     cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, [*argv, *setting["extra"]]))
     task = tasks.setup_task(cfg.task)
-    cfg.model.share_all_embeddings = task.source_dictionary == task.target_dictionary
+    if not variant.method.startswith("lm_"):
+        cfg.model.share_all_embeddings = task.source_dictionary == task.target_dictionary
     task.load_dataset("train")
     torch.manual_seed(cfg.common.seed)
     trainer = Trainer(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
@@ -98,16 +118,18 @@ def make_trainer(method: str, setting: Setting) -> Trainer:
     return trainer
 
 
-def use(method: str) -> None:
-    """Have the table of faster computations name on this device what the method does, where it says so."""
-    _, says, features = method.partition(":")
-    here = {"cpu", *([torch.cuda.get_device_name()] if torch.cuda.is_available() else [])}
-    for feature in MEASURED if says else ():
-        MEASURED[feature] = frozenset(here if features == "all" or feature in features.split("+") else ())
+def use(variant: Variant) -> None:
+    """Have the table of faster computations name on this device what the variant does, or be as it is."""
+    if variant.features is None:
+        MEASURED.update(AS_IT_IS)
+        return
+    here = frozenset({"cpu", *([torch.cuda.get_device_name()] if torch.cuda.is_available() else [])})
+    for feature in MEASURED:
+        MEASURED[feature] = here if variant.features == "all" or feature in variant.features.split("+") else frozenset()
 
 
 def make_clock(method: str, setting: Setting) -> Clock:
-    use(method)
+    use(Variant.of(method, setting))
     return Clock(make_trainer(method, setting))
 
 
@@ -134,27 +156,47 @@ def compare_methods(setting: Setting, clocks: dict[str, Clock]) -> Answer:
         reset_peak()
         torch.cuda.reset_peak_memory_stats = lambda *_: None  # the trainer would reset it after every update
     first.cfg.dataset.max_tokens = setting["max_tokens"]
-    batches = sample_batches(first, WARMUP + setting["rounds"])
+    each_update = first.cfg.optimization.update_freq[0]
+    batches = sample_batches(first, (WARMUP + setting["rounds"]) * each_update)
+    updates = [batches[i : i + each_update] for i in range(0, len(batches), each_update)]
     rounds: dict[str, list[dict[str, float]]] = {method: [] for method in trainers}
-    for number, batch in enumerate(batches):
+    for number, samples in enumerate(updates):
         for method in in_turn(clocks, number):
-            use(method)
-            seconds = clocks[method].step(batch)
+            use(Variant.of(method, setting))
+            seconds = clocks[method].step(samples)
             if number >= WARMUP:
-                rounds[method].append({**seconds, **counts(batch, trainers[method])})
-    found: Answer = {"rounds": rounds, "parameters": {}, "prepass": {}, "generation": {}, "matmul": 0.0}
+                rounds[method].append({**seconds, **counts(samples, trainers[method])})
+    found: Answer = {"rounds": rounds, **{part: {} for part in ("parameters", "prepass", "generation", "matmul")}}
+    found["parts"] = {}
     found["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_memory(os.getpid())
     for method, trainer in trainers.items():
         model = trainer.get_model()
         found["parameters"][method] = sum(p.numel() for p in model.parameters())
         if isinstance(model, AdminModel) and setting["prepass"]:
-            use(method)
+            use(Variant.of(method, setting))
             found["prepass"][method] = prepass(trainer, clocks[method], batches[0], setting["rounds"])
+    if setting["matmul"]:
+        for method, trainer in trainers.items():
+            found["matmul"][method] = matmul_rate(next(trainer.get_model().parameters()))
+            if not cuda:
+                use(Variant.of(method, setting))
+                found["parts"][method] = parts(clocks[method], updates[0])
     if setting["generate"]:
         found["generation"] = generate(trainers, batches[0], setting)
-    if setting["matmul"]:
-        found["matmul"] = matmul_rate(next(first.get_model().parameters()))
     return found
+
+
+def parts(clock: Clock, samples: list[dict[str, Any]]) -> dict[str, float]:
+    """Shares of an update's time, which add up to 1; what no operation of torch takes is Python and its calls."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        whole = clock.step(samples)["step"]
+    shares = dict.fromkeys(PARTS, 0.0)
+    for event in profile.key_averages():
+        if event.key.startswith("aten::"):
+            name = event.key[len("aten::") :]
+            part = next(part for part, names in PARTS.items() if name in names or name.startswith(names[-1]))
+            shares[part] += event.self_cpu_time_total / 1e6 / whole
+    return {**shares, "Python": max(0.0, 1 - sum(shares.values()))}
 
 
 def in_turn(methods: Iterable[str], number: int) -> list[str]:
@@ -172,16 +214,25 @@ def sample_batches(trainer: Trainer, count: int) -> list[dict[str, Any]]:
     return [dataset.collater([dataset[i] for i in chosen[place]]) for place in places]
 
 
-def counts(batch: dict[str, Any], trainer: Trainer) -> dict[str, int]:
-    """Target tokens of a batch, and the FLOPs of an update on it."""
+def counts(samples: list[dict[str, Any]], trainer: Trainer) -> dict[str, int]:
+    """Target tokens of an update's batches, and its FLOPs."""
     cfg, padding = trainer.cfg.model, trainer.task.target_dictionary.pad()
-    source, target = (batch["net_input"][side].ne(padding).sum(1) for side in ("src_tokens", "prev_output_tokens"))
     d, vocabulary = cfg.decoder_embed_dim, len(trainer.task.target_dictionary)
-    encoder = cfg.encoder_layers * (4 * d * d + 2 * d * cfg.encoder_ffn_embed_dim)
-    decoder = cfg.decoder_layers * (6 * d * d + 2 * d * cfg.decoder_ffn_embed_dim) + d * vocabulary
-    products = source.sum() * (encoder + cfg.decoder_layers * 2 * d * d) + target.sum() * decoder
-    attention = 2 * d * (cfg.encoder_layers * source**2 + cfg.decoder_layers * (target**2 + source * target)).sum()
-    return {"tokens": int(target.sum()), "flops": 3 * 2 * int(products + attention)}
+    decoder = cfg.decoder_layers * (4 * d * d + 2 * d * cfg.decoder_ffn_embed_dim) + d * vocabulary
+    tokens = multiplications = 0
+    for sample in samples:
+        sides = sample["net_input"]
+        is_pair = "prev_output_tokens" in sides  # and not a language model's text
+        source = sides["src_tokens"].ne(padding).sum(1)
+        target = sides["prev_output_tokens"].ne(padding).sum(1) if is_pair else source
+        multiplications += target.sum() * decoder + 2 * d * cfg.decoder_layers * (target**2).sum()
+        if is_pair:
+            encoder = cfg.encoder_layers * (4 * d * d + 2 * d * cfg.encoder_ffn_embed_dim)
+            multiplications += source.sum() * (encoder + cfg.decoder_layers * 2 * d * d)
+            multiplications += target.sum() * cfg.decoder_layers * 2 * d * d
+            multiplications += 2 * d * (cfg.encoder_layers * source**2 + cfg.decoder_layers * source * target).sum()
+        tokens += int(target.sum())
+    return {"tokens": tokens, "flops": 3 * 2 * int(multiplications)}
 
 
 def prepass(trainer: Trainer, clock: Clock, batch: dict[str, Any], rounds: int) -> list[float]:
@@ -218,7 +269,7 @@ def generate(trainers: dict[str, Trainer], batch: dict[str, Any], setting: Setti
         generators[method] = trainer.task.build_generator([model], search)
     for number in range(1 + setting["rounds"]):
         for method in in_turn(trainers, number):
-            use(method)
+            use(Variant.of(method, setting))
             trainer = trainers[method]
             sample, _ = trainer._prepare_sample(batch)
             if trainer.cuda:

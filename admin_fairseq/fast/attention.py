@@ -15,6 +15,7 @@ from fairseq.models.transformer import TransformerDecoderBase
 from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
+from admin_fairseq.fast import dropout
 from admin_fairseq.fast.beams import BeamAttention, RepeatsOutput
 from admin_fairseq.fast.measured import wanted
 from admin_fairseq.rules import mixed
@@ -111,13 +112,13 @@ class FastAttention(BeamAttention):
                 need_head_weights=need_head_weights,
             )
         mask, is_causal = masks
+        p = dropout.probability(self.dropout_module)
         q, k, v = (self._heads(x) for x in self._project(query, key))
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self._dropout(), is_causal=is_causal)
+        if p and not query.is_cuda:
+            x = dropout.DroppedAttention.apply(q, k, v, _hidden(mask, is_causal, len(query)), p)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=is_causal)
         return self.out_proj(x.permute(2, 0, 1, 3).reshape(query.shape)), None
-
-    def _dropout(self) -> float:
-        module = self.dropout_module
-        return module.p if module.training or module.apply_during_inference else 0.0
 
     def _is_served(self, query: Tensor) -> bool:
         # offloaded masks come back as copies: what is computed again would not be served, and draw other dropout
@@ -128,8 +129,12 @@ class FastAttention(BeamAttention):
             and not self.onnx_trace
             and self.beam_size == 1
             and reason_against(self) is None
-            and (query.device.type != "cpu" or self._dropout() == 0)
+            and (query.is_cuda or self._dropout_is_served(query.device))
         )
+
+    def _dropout_is_served(self, device: torch.device) -> bool:
+        p = dropout.probability(self.dropout_module)
+        return p == 0 or (p < 1 and dropout.serves(device, self.mode))
 
     def _masks(self, padding: Tensor | None, attn_mask: Tensor | None) -> tuple[Tensor | None, bool] | None:
         """A mask of the keys that may be seen, (batch, 1, 1, time), and whether to be causal; None: not served."""
@@ -152,6 +157,13 @@ class FastAttention(BeamAttention):
     def _heads(self, x: Tensor) -> Tensor:
         """(time, batch, d) to (batch, heads, time, d / heads), without a copy."""
         return x.reshape(*x.shape[:2], self.num_heads, self.head_dim).permute(1, 2, 0, 3)
+
+
+def _hidden(mask: Tensor | None, is_causal: bool, time: int) -> Tensor | None:
+    """The keys that may not be seen, True; None where all may."""
+    if is_causal:
+        return torch.ones(time, time, dtype=torch.bool).triu_(1)
+    return None if mask is None else ~mask
 
 
 def _linear(x: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:

@@ -48,6 +48,19 @@ def test_tiny_run(tmp_path, capsys):
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_language_models_in_bf16_by_updates_of_two_batches(tmp_path):
+    argv = ["--depths", "1-2", "--methods", "lm_postln,lm_admin:all/bf16", "--no-memory", "--out", str(tmp_path)]
+    small = "--decoder-embed-dim 32 --decoder-ffn-embed-dim 64 --decoder-attention-heads 2 --update-freq 2"
+    stock, admin = speed.main([*argv, *TINY[: TINY.index("--") + 1], *small.split()], in_this_process)
+    assert (stock["dtype"], admin["dtype"]) == ("fp32", "bf16")
+    for row in (stock, admin):
+        assert 200 < row["tokens_per_s"] * row["step_s"] < 300
+        assert sum(row[part] for part in (*worker.PARTS, "Python")) == pytest.approx(1)
+        assert min(row[part] for part in worker.PARTS if part != "random numbers") > 0
+        assert "generation_s" not in row
+    assert "| 1-2 | lm_admin:all/bf16 |" in (tmp_path / "record.md").read_text()
+
+
 def test_ratios_are_medians_of_the_rounds(tmp_path):
     """A round in which the machine was busy weighs no more than another."""
     seconds = {"postln": [1.0, 2.0, 100.0], "admin": [0.9, 1.8, 90.0]}
@@ -57,7 +70,8 @@ def test_ratios_are_medians_of_the_rounds(tmp_path):
         ]
         for method, each in seconds.items()
     }
-    answer = {"rounds": found, "parameters": dict.fromkeys(found, 7), "prepass": {}, "generation": {}, "matmul": 10.0}
+    answer = {"rounds": found, "parameters": dict.fromkeys(found, 7), "prepass": {}, "generation": {}, "parts": {}}
+    answer["matmul"] = dict.fromkeys(found, 10.0)
     setting = {"depth": "6-6", "max_tokens": 10, "dtype": "fp32"}
     _, admin = speed.rows(answer, {"postln": 200.0, "admin": 100.0}, setting)
     assert admin["step_ratio"] == pytest.approx(0.9)
@@ -66,17 +80,26 @@ def test_ratios_are_medians_of_the_rounds(tmp_path):
     assert admin["flops_share"] == pytest.approx(5 / 1.8 / 10)
 
 
-def test_flops_are_those_of_the_matrix_products(build, batch):
+@pytest.mark.parametrize("is_lm", [False, True])
+def test_flops_are_those_of_the_matrix_products(build, build_lm, batch, is_lm):
     """Without padding, against torch's own count of a forward and a backward pass."""
     counters = pytest.importorskip("torch.utils.flop_counter", reason="torch before 2.1 counts no FLOPs")
     kernels = pytest.importorskip("torch.nn.attention", reason="torch before 2.3 cannot choose how to attend")
-    model, task, cfg = build("transformer", "--share-all-embeddings", "--dropout", "0")
-    sample = batch(6, same_length=True)
+    if is_lm:
+        model, task, cfg = build_lm("transformer_lm_postln", "--dropout", "0")
+        words = torch.randint(4, len(task.target_dictionary), (6, 12))
+        sample = {"net_input": {"src_tokens": words, "src_lengths": None}, "target": words, "ntokens": words.numel()}
+    else:
+        model, task, cfg = build("transformer", "--share-all-embeddings", "--dropout", "0")
+        sample = batch(6, same_length=True)
     criterion = criterions.build_criterion(cfg.criterion, task)
     with counters.FlopCounterMode(display=False) as counter, kernels.sdpa_kernel(kernels.SDPBackend.MATH):
         criterion(model, sample)[0].backward()
-    counted = worker.counts(sample, SimpleNamespace(cfg=cfg, task=task))["flops"]
-    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+    counted = worker.counts([sample], SimpleNamespace(cfg=cfg, task=task))
+    assert counted["flops"] == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert counted["tokens"] == sample["ntokens"]
+    twice = worker.counts([sample, sample], SimpleNamespace(cfg=cfg, task=task))
+    assert twice == {name: 2 * count for name, count in counted.items()}
 
 
 def test_search_stops_where_memory_or_the_data_does():
@@ -102,7 +125,7 @@ def pretend(setting):
         raise AdminError("measuring failed (1): something else")
     step = (0.5 if tokens == 2048 else 2.0) * (1 + (method == "postln"))
     rounds = [{"forward": 0.1, "backward": 0.2, "optimizer": 0.1, "step": step, "tokens": tokens, "flops": 1e12}]
-    common = {"prepass": {}, "generation": {}, "matmul": 4e12, "memory_mb": 100 + tokens / 1024}
+    common = {"prepass": {}, "generation": {}, "matmul": {method: 4e12}, "parts": {}, "memory_mb": 100 + tokens / 1024}
     return {"rounds": {method: rounds}, "parameters": {method: 1}, **common}
 
 
@@ -218,13 +241,16 @@ def test_a_process_keeps_its_models_while_batches_alone_differ(tmp_path, capfd):
 def test_what_a_method_says_is_on(monkeypatch):
     monkeypatch.setattr(worker, "MEASURED", {"loss": frozenset(), "adam": frozenset(), "beams": frozenset()})
 
+    monkeypatch.setattr(worker, "AS_IT_IS", {"loss": frozenset(), "adam": frozenset({"cpu"}), "beams": frozenset()})
+
     def on(method):
-        worker.use(method)
+        worker.use(worker.Variant.of(method, {"dtype": "fp32"}))
         return {name for name, devices in worker.MEASURED.items() if "cpu" in devices}
 
-    assert on("admin") == on("admin:off") == set()
-    assert on("admin:loss+adam") == {"loss", "adam"} == on("postln")  # as it was
+    assert on("admin:off") == set()
+    assert on("admin:loss+beams/bf16") == {"loss", "beams"}
     assert on("admin:all") == {"loss", "adam", "beams"}
+    assert on("admin/bf16") == on("postln") == {"adam"}  # as it is
     assert {"attention+one projection", "sub-layer", "off"} < set(speed.FEATURES)
 
 

@@ -136,14 +136,14 @@ def attend(module, query, key=None, **kwargs):
     return module(query, key, key, **{"need_weights": False, **kwargs})
 
 
-def fast(**options):
+def fast(mode="all", **options):
     torch.manual_seed(1)
     module = MultiheadAttention(8, 2, **options)
     decoder = torch.nn.Module()
     decoder.layers = torch.nn.ModuleList([copy.deepcopy(module)])
     decoder.layers[0].need_attn = True
     decoder._future_mask = torch.triu(torch.full((9, 9), float("-inf")), 1)
-    attention.speed_up({"decoder": decoder}, "all")
+    attention.speed_up({"decoder": decoder}, mode)
     return module, decoder.layers[0], decoder
 
 
@@ -165,8 +165,9 @@ BANDS = torch.full((5, 5), float("-inf")).triu(2)
         ({"self_attention": True}, {"attn_mask": BANDS, "key_padding_mask": PADS}),
         ({"self_attention": True, "add_bias_kv": True}, {}),
         ({"self_attention": True, "add_zero_attn": True}, {}),
-        ({"self_attention": True, "dropout": 0.3}, {}),
-        ({"encoder_decoder_attention": True, "dropout": 0.3}, {"static_kv": True}),
+        ({"self_attention": True, "dropout": 0.3, "mode": "measured"}, {}),
+        ({"encoder_decoder_attention": True, "dropout": 0.3, "mode": "measured"}, {"static_kv": True}),
+        ({"self_attention": True, "dropout": 1.0}, {}),
         ({"self_attention": True, "q_noise": 0.5, "qn_block_size": 1}, {}),
         ({"encoder_decoder_attention": True, "q_noise": 0.5, "qn_block_size": 1}, {"static_kv": True}),
     ],

@@ -28,7 +28,7 @@ def gradients(norm: OmegaLayerNorm, f: torch.Tensor, x: torch.Tensor, fast: str)
         norm.__class__ = FastOmegaLayerNorm
     torch.manual_seed(1)
     y = norm(tuple(inputs))
-    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape).sin())
+    y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).sin().bfloat16().to(y.dtype))
     return [y, *(tensor.grad for tensor in (*inputs, norm.omega, norm.weight, norm.bias))]
 
 
@@ -48,6 +48,29 @@ def test_equals_eager_to_rounding(p, omega, dtype):
         assert (got is None) == (expected is None)
         if got is not None:
             torch.testing.assert_close(got, expected, **tolerance)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_bf16_is_within_its_eight_bits(p):
+    """Of fp64, also over many tokens, where torch's own LayerNorm adds bf16 numbers in bf16."""
+    norm = norm_with_values(64, nn.Dropout(p)).to(torch.bfloat16)
+    f, x = torch.randn(2, 9000, 64).to(torch.bfloat16)
+    torch.manual_seed(1)
+    mask = torch.empty_like(f).bernoulli_(1 - p)
+    exact = gradients(norm_in_fp64(norm, mask / (1 - p)), f.double(), x.double(), "off")
+    for got, expected in zip(gradients(norm, f, x, "measured"), exact):
+        assert got.dtype == torch.bfloat16
+        assert (got.double() - expected).norm() <= 0.006 * expected.norm()
+
+
+def norm_in_fp64(norm: OmegaLayerNorm, mask: torch.Tensor) -> OmegaLayerNorm:
+    class Masked(nn.Module):
+        def forward(self, f: torch.Tensor) -> torch.Tensor:
+            return f * mask.double()
+
+    exact = copy.deepcopy(norm).double()
+    exact.dropout = Masked()
+    return exact
 
 
 def test_evaluation_needs_no_autograd_function(monkeypatch):
@@ -94,7 +117,9 @@ def test_switch(build):
         norms = [module for module in model.modules() if isinstance(module, OmegaLayerNorm)]
         assert {type(norm) for norm in norms} == {kind}
         assert {getattr(norm, "mode", "off") for norm in norms} == {option}
-    assert fast_norm.choose("measured", f, f, norm.omega, norm.weight, 0.0) is fast_norm.few_passes
+    for option in ("measured", "all"):
+        compute = fast_norm.choose(option, f, f, norm.omega, norm.weight, 0.0)
+        assert (compute.func, compute.keywords) == (fast_norm.few_passes, {"few_bits": option == "all"})
 
 
 def test_stays_eager_where_it_must(caplog):

@@ -1,0 +1,56 @@
+"""Training on a CPU with --bf16 and with every faster computation."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from helpers import Result, assert_same_checkpoint, checkpoint, generate, hypotheses, train, train_here
+
+from admin_fairseq import fast
+
+ALL = ("--admin-fast", "all", "--dropout", "0.1", "--attention-dropout", "0.1", "--activation-dropout", "0.1")
+
+
+def test_trains_as_fp32(data, tmp_path):
+    losses = {}
+    for name, flags in (("fp32", []), ("bf16", ["--bf16", "--save-interval-updates", "3"])):
+        result = train(data, tmp_path / name, *ALL, *flags, updates=7)
+        assert result.code == 0, result.output
+        losses[name] = by_update(result)
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01)
+    state = checkpoint(tmp_path / "bf16/checkpoint_last.pt")
+    moments = [moment for each in state["last_optimizer_state"]["state"].values() for moment in each.values()]
+    assert {moment.dtype for moment in moments if torch.is_tensor(moment) and moment.numel() > 1} == {torch.float32}
+    assert len(hypotheses(generate(data, tmp_path / "bf16/checkpoint_last.pt"))) > 3
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "bf16/checkpoint_1_3.pt").rename(tmp_path / "parts/checkpoint_last.pt")
+    parts = by_update(train(data, tmp_path / "parts", *ALL, "--bf16", updates=7))
+    assert list(parts) == [4, 5, 6, 7]
+    # from the same weights, but fairseq's checkpoints have none of the bits that bf16 lacks
+    assert parts[4] == losses["bf16"][4]
+    assert parts == pytest.approx({update: losses["bf16"][update] for update in parts}, rel=0.01)
+
+
+def test_resumes_bit_identically_with_every_faster_computation(data, tmp_path):
+    options = [*ALL, "--save-interval-updates", "3"]
+    whole = train(data, tmp_path / "whole", *options, updates=7)
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "whole/checkpoint_1_3.pt").rename(tmp_path / "parts/checkpoint_last.pt")
+    parts = train(data, tmp_path / "parts", *options, updates=7)
+    assert parts.losses() == {update: loss for update, loss in whole.losses().items() if update > 3}
+    assert_same_checkpoint(*(tmp_path / name / "checkpoint_last.pt" for name in ("whole", "parts")))
+
+
+def by_update(result: Result) -> dict[int, float]:
+    return {update: float(loss.split()[0]) for update, loss in result.losses().items()}
+
+
+@pytest.mark.parametrize(("flags", "is_slow"), [("fpu avx512f", True), ("fpu amx_bf16", False), ("asimd bf16", False)])
+def test_a_line_where_the_processor_lacks_bf16(data, tmp_path, monkeypatch, caplog, flags, is_slow):
+    monkeypatch.setattr(fast, "CPUINFO", tmp_path / "cpuinfo")
+    fast.CPUINFO.write_text(f"processor : 0\nflags : {flags} sse2\n")
+    with caplog.at_level(logging.WARNING):
+        train_here("transformer_admin", data, tmp_path / "run", "--bf16")
+    assert ("has no bf16 instructions" in caplog.text) == is_slow
