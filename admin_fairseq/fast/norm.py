@@ -27,9 +27,6 @@ Fused = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
 
 layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 
-# whose native LayerNorm takes weights of its input's dtype, and computes means and deviations in fp32 or fp64
-SERVED_ON_CPUS = ({torch.float32}, {torch.float64}, {torch.bfloat16})
-
 _is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)  # torch 2.1
 
 # whether backward runs with retain_graph; torch 2.1
@@ -59,7 +56,9 @@ def choose(mode: str, f: Tensor, x: Tensor, omega: Tensor, weight: Tensor, p: fl
     if p >= 1 or _is_compiling() or torch.jit.is_tracing() or not wanted("sub-layer", x.device, mode):
         return None
     if not x.is_cuda:
-        if x.device.type != "cpu" or {t.dtype for t in (f, x, omega, weight)} not in SERVED_ON_CPUS:
+        dtypes = {t.dtype for t in (f, x, omega, weight)}
+        served = dtypes in ({torch.float32}, {torch.float64}) or (dtypes == {torch.bfloat16} and _bf16_with_fp32())
+        if x.device.type != "cpu" or not served:
             return None
         return functools.partial(few_passes, few_bits=dropout.serves(x.device, mode))
     if torch.cuda.is_current_stream_capturing():  # a CUDA graph would replay one dropout mask
@@ -88,6 +87,16 @@ def _kernel(device: torch.device, dtypes: tuple[torch.dtype, ...], width: int, o
         _say(str(error).strip().split("\n")[0] or type(error).__name__)
         return None
     return kernels.omega_layer_norm
+
+
+@functools.lru_cache(maxsize=None)
+def _bf16_with_fp32() -> bool:
+    """Whether torch's LayerNorm takes fp32 weights for a bf16 input; torch 1.13 does not."""
+    try:
+        F.layer_norm(torch.zeros(1, 1, dtype=torch.bfloat16), (1,), torch.ones(1), torch.zeros(1))
+    except RuntimeError:
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=None)

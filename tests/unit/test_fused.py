@@ -50,6 +50,7 @@ def test_equals_eager_to_rounding(p, omega, dtype):
             torch.testing.assert_close(got, expected, **tolerance)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("1."), reason="torch before 2.0 mixes no precisions in LayerNorm")
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_bf16_is_within_its_eight_bits(p):
     """Of fp64, also over many tokens, where torch's own LayerNorm adds bf16 numbers in bf16."""
