@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from helpers import Result, assert_same_checkpoint, checkpoint, generate, hypotheses, train, train_here
+from helpers import Result, assert_same_checkpoint, checkpoint, train, train_here
 
 from admin_fairseq import fast
 
@@ -23,7 +23,6 @@ def test_trains_as_fp32(data, tmp_path):
     state = checkpoint(tmp_path / "bf16/checkpoint_last.pt")
     moments = [moment for each in state["last_optimizer_state"]["state"].values() for moment in each.values()]
     assert {moment.dtype for moment in moments if torch.is_tensor(moment) and moment.numel() > 1} == {torch.float32}
-    assert len(hypotheses(generate(data, tmp_path / "bf16/checkpoint_last.pt"))) > 3
     (tmp_path / "parts").mkdir()
     (tmp_path / "bf16/checkpoint_1_3.pt").rename(tmp_path / "parts/checkpoint_last.pt")
     parts = by_update(train(data, tmp_path / "parts", *ALL, "--bf16", updates=7))
@@ -33,6 +32,7 @@ def test_trains_as_fp32(data, tmp_path):
     assert parts == pytest.approx({update: losses["bf16"][update] for update in parts}, rel=0.01)
 
 
+@pytest.mark.slow
 def test_resumes_bit_identically_with_every_faster_computation(data, tmp_path):
     options = [*ALL, "--save-interval-updates", "3"]
     whole = train(data, tmp_path / "whole", *options, updates=7)

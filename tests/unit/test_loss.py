@@ -120,6 +120,8 @@ def test_measured_leaves_unmeasured_devices_alone(criteria, monkeypatch):
     trainer = SimpleNamespace(
         get_criterion=lambda: criterion,
         device=torch.device("cuda"),
+        cfg=SimpleNamespace(common=SimpleNamespace(bf16=True)),
+        cuda=True,
     )
     apply_to_trainer(trainer, "measured")  # has no optimizer to fuse
     assert "compute_loss" not in vars(criterion)
