@@ -68,7 +68,7 @@ from benchmarks.common import (
 )
 from benchmarks.figures import against_depth
 from benchmarks.tables import markdown
-from benchmarks.worker import PARTS, Answer, Setting, Variant
+from benchmarks.worker import SHARES, Answer, Setting, Variant
 
 Row = Dict[str, Any]  # of the table
 Worker = Callable[[Setting], Answer]
@@ -322,7 +322,7 @@ COLUMNS = (
     *("backward_s", "optimizer_s", "step_s", "forward_ratio", "backward_ratio", "optimizer_ratio", "step_ratio"),
     *("ratio_low", "ratio_high", "tokens_per_s", "tokens_ratio", "flops_share", "memory_mb", "memory_ratio"),
     *("prepass_forwards", "generation_s", "generation_ratio", "generation_low", "generation_high"),
-    *("largest_max_tokens", "kb_per_token", "ended_at", *PARTS, "Python"),
+    *("largest_max_tokens", "kb_per_token", "ended_at", *SHARES),
 )
 SHOWN = {
     "depth": "{}",
@@ -367,11 +367,11 @@ def as_markdown(table: list[Row]) -> str:
 
 def where_it_goes(table: list[Row]) -> list[str]:
     """The shares of an update's time, of each method."""
-    shares, measured = (*PARTS, "Python"), [row for row in table if "Python" in row]
+    measured = [row for row in table if "Python" in row]
     if not measured:
         return []
-    cells = [[row["depth"], row["method"], *(f"{row[share]:.0%}" for share in shares)] for row in measured]
-    return ["", "Where one profiled update's time goes:", "", markdown([["depth", "method", *shares], *cells])]
+    cells = [[row["depth"], row["method"], *(f"{row[share]:.0%}" for share in SHARES)] for row in measured]
+    return ["", "Where one profiled update's time goes:", "", markdown([["depth", "method", *SHARES], *cells])]
 
 
 def scaling(table: list[Row]) -> list[str]:

@@ -45,6 +45,7 @@ PARTS = {  # of an update's time, by the operations that take it
     "LayerNorm and softmax": ("native_layer_norm", "_softmax", "_log_softmax"),
     "the rest of torch": ("",),
 }
+SHARES = (*PARTS, "Python")
 
 
 class Clock:
@@ -166,8 +167,7 @@ def compare_methods(setting: Setting, clocks: dict[str, Clock]) -> Answer:
             seconds = clocks[method].step(samples)
             if number >= WARMUP:
                 rounds[method].append({**seconds, **counts(samples, trainers[method])})
-    found: Answer = {"rounds": rounds, **{part: {} for part in ("parameters", "prepass", "generation", "matmul")}}
-    found["parts"] = {}
+    found: Answer = {"rounds": rounds, "parameters": {}, "prepass": {}, "generation": {}, "matmul": {}, "parts": {}}
     found["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_memory(os.getpid())
     for method, trainer in trainers.items():
         model = trainer.get_model()

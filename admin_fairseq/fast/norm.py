@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any, Callable
+from typing import Any, Callable, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from admin_fairseq.norm import OmegaLayerNorm
 
 logger = logging.getLogger(__name__)
 
+Drawn = Tuple[Optional[Tensor], float]  # a mask, of f's dtype or of few bits, and the factor of what it keeps
 Fused = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
 
 layer_norm_backward = torch.ops.aten.native_layer_norm_backward
@@ -115,26 +116,16 @@ class _FewerPasses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        f: Tensor,
-        x: Tensor,
-        omega: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        eps: float,
-        p: float,
-        few_bits: bool,
+        ctx: Any, f: Tensor, x: Tensor, omega: Tensor, weight: Tensor, bias: Tensor, eps: float, drawn: Drawn
     ) -> Tensor:
-        if p == 0:
-            mask, s = None, torch.addcmul(f, x, omega)
-        elif few_bits:
-            mask, ctx.scale = dropout.from_few_bits(f, p)
-            s = dropout.only(mask, f).mul_(ctx.scale).addcmul_(x, omega)
-        else:
-            # the draws of F.dropout, from the same generator
-            mask, ctx.scale = torch.empty_like(f).bernoulli_(1 - p), 1 / (1 - p)
+        mask, ctx.scale = drawn
+        if mask is None:
+            s = torch.addcmul(f, x, omega)
+        elif mask.dtype == f.dtype:
             s = (x * omega).addcmul_(f, mask, value=ctx.scale)
-        ctx.eps, ctx.few_bits = eps, few_bits
+        else:
+            s = dropout.only(mask, f).mul_(ctx.scale).addcmul_(x, omega)
+        ctx.eps = eps
         # fp32 weights for bf16: means and deviations are then kept in fp32, too
         wide = (t.float() if t.dtype == torch.bfloat16 else t for t in (weight, bias))
         y, mean, rstd = torch.native_layer_norm(s, weight.shape, *wide, eps)
@@ -162,12 +153,14 @@ class _FewerPasses(torch.autograd.Function):
         if mask is None:
             df, dx = ds, ds * omega
         else:
-            if ctx.few_bits:
-                df = dropout.only(mask, ds).mul_(ctx.scale)
-            else:
-                df = (ds * mask if _keeps_graph() else mask.mul_(ds)).mul_(ctx.scale)
-            dx = ds.mul_(omega)
-        return df, dx, domega, dweight, dbias, None, None, None
+            df, dx = _masked(ds, mask).mul_(ctx.scale), ds.mul_(omega)
+        return df, dx, domega, dweight, dbias, None, None
+
+
+def _masked(ds: Tensor, mask: Tensor) -> Tensor:
+    if mask.dtype != ds.dtype:
+        return dropout.only(mask, ds)
+    return ds * mask if _keeps_graph() else mask.mul_(ds)
 
 
 def _backward_in_bf16(
@@ -204,4 +197,9 @@ def few_passes(
     """
     if p == 0 and not torch.is_grad_enabled():
         return F.layer_norm(torch.addcmul(f, x, omega), weight.shape, weight, bias, eps)
-    return _FewerPasses.apply(f, x, omega, weight, bias, eps, p, few_bits)
+    drawn: Drawn = None, 1.0
+    if p > 0 and few_bits:
+        drawn = dropout.from_few_bits(f, p)
+    elif p > 0:
+        drawn = torch.empty_like(f).bernoulli_(1 - p), 1 / (1 - p)  # the draws of F.dropout, from the same generator
+    return _FewerPasses.apply(f, x, omega, weight, bias, eps, drawn)
