@@ -67,6 +67,16 @@ class FamilyModel(nn.Module):
     def finish(self, args: Namespace) -> None:
         """Make of a stock model that was just built one of this method."""
 
+    def prepare_for_inference_(self, cfg: Any) -> None:
+        """As in fairseq, whose fairseq-generate takes --bf16 and does nothing about it.
+
+        A checkpoint's own settings, which fairseq passes where no command runs, say how it was trained.
+        """
+        super().prepare_for_inference_(cfg)
+        is_command = getattr(getattr(cfg, "common_eval", None), "path", None) is not None
+        if is_command and cfg.common.bf16 and not cfg.common.fp16:
+            self.bfloat16()
+
 
 class FamilyLanguageModel(FamilyModel):
     """A decoder-only one; mixed in before fairseq's class."""

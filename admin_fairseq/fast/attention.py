@@ -16,13 +16,12 @@ from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
 from admin_fairseq.fast import dropout
-from admin_fairseq.fast.beams import BeamAttention, RepeatsOutput
+from admin_fairseq.fast.beams import RepeatsOutput, repeats
+from admin_fairseq.fast.decoding import SEARCH, StepAttention, reason_against
 from admin_fairseq.fast.measured import wanted
 from admin_fairseq.rules import mixed
 
 logger = logging.getLogger(__name__)
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 class MaskProperty:
@@ -57,11 +56,11 @@ def is_right_padded(mask: Tensor) -> Tensor:
     return ~(mask[:, :-1] & ~mask[:, 1:]).any()
 
 
-class FastAttention(BeamAttention):
+class FastAttention(StepAttention):
     """fairseq's attention by ``scaled_dot_product_attention``: no weights are kept, and no mask a head.
 
-    It serves full sequences, in training and evaluation. fairseq's own ``forward`` serves the rest: steps of
-    incremental decoding (with the keys of :mod:`admin_fairseq.fast.beams`), wanted attention weights, pruned heads,
+    It serves full sequences, in training and evaluation, and by :class:`StepAttention` steps of incremental decoding.
+    fairseq's own ``forward`` serves the rest: wanted attention weights, pruned heads,
     quantised or hooked projections, xFormers, ``add_bias_kv`` and ``add_zero_attn``, masks other than the decoder's own
     causal one, and, on a CPU, attention dropout (which has no fused kernel there). On a GPU attention dropout has the
     same distribution, but not the same random numbers.
@@ -91,26 +90,37 @@ class FastAttention(BeamAttention):
         need_head_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As in fairseq: (time, batch, d) to (time, batch, d) and attention weights, here None."""
-        wants_more = incremental_state is not None or need_weights or before_softmax or need_head_weights
-        masks = None
-        if not wants_more and key is value and key is not None and self._is_served(query):
-            masks = self._masks(key_padding_mask, attn_mask)
-        if masks is None:
-            if incremental_state is not None and static_kv and key is value:
+        x = None
+        if key is not None and key is value and not (need_weights or before_softmax or need_head_weights):
+            if incremental_state is None:
+                x = self._at_once(query, key, key_padding_mask, attn_mask)
+            elif attn_mask is None:
+                x = self.step(query, key, key_padding_mask, static_kv, incremental_state)
+        if x is not None:
+            return x, None
+        if incremental_state is not None:
+            self.leave_to_fairseq(incremental_state)
+            if static_kv and key is value:
                 key, key_padding_mask = self.shared(key, key_padding_mask, incremental_state)
                 value = key
-            return super().forward(
-                query,
-                key,
-                value,
-                key_padding_mask=key_padding_mask,
-                incremental_state=incremental_state,
-                need_weights=need_weights,
-                static_kv=static_kv,
-                attn_mask=attn_mask,
-                before_softmax=before_softmax,
-                need_head_weights=need_head_weights,
-            )
+        return super().forward(
+            query,
+            key,
+            value,
+            key_padding_mask=key_padding_mask,
+            incremental_state=incremental_state,
+            need_weights=need_weights,
+            static_kv=static_kv,
+            attn_mask=attn_mask,
+            before_softmax=before_softmax,
+            need_head_weights=need_head_weights,
+        )
+
+    def _at_once(self, query: Tensor, key: Tensor, padding: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
+        """Of full sequences, (time, batch, d); None: not served."""
+        masks = self._masks(padding, attn_mask) if self._is_served(query) else None
+        if masks is None:
+            return None
         mask, is_causal = masks
         p = dropout.probability(self.dropout_module)
         q, k, v = (self._heads(x) for x in self._project(query, key))
@@ -118,17 +128,14 @@ class FastAttention(BeamAttention):
             x = dropout.DroppedAttention.apply(q, k, v, _hidden(mask, is_causal, len(query)), p)
         else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=is_causal)
-        return self.out_proj(x.permute(2, 0, 1, 3).reshape(query.shape)), None
+        return self.out_proj(x.permute(2, 0, 1, 3).reshape(query.shape))
 
     def _is_served(self, query: Tensor) -> bool:
         # offloaded masks come back as copies: what is computed again would not be served, and draw other dropout
         return (
             wanted("attention", query.device, self.mode)
             and not (self.offloads and query.is_cuda)
-            and not self.skip_embed_dim_check
-            and not self.onnx_trace
-            and self.beam_size == 1
-            and reason_against(self) is None
+            and self.is_usual()
             and (query.is_cuda or self._dropout_is_served(query.device))
         )
 
@@ -172,19 +179,6 @@ def _linear(x: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
     return F.linear(x, weight, bias).chunk(len(projections), dim=-1)
 
 
-def reason_against(attention: MultiheadAttention) -> str | None:
-    """Why this attention is always fairseq's own, if it is."""
-    if attention.use_xformers:
-        return "xFormers"
-    if attention.bias_k is not None or attention.add_zero_attn:
-        return "extra keys"
-    for name in PROJECTIONS:
-        projection = getattr(attention, name)
-        if type(projection) is not nn.Linear or projection._forward_pre_hooks or projection._forward_hooks:
-            return "quantised or hooked projections"
-    return None
-
-
 class AlignsOnDemand(nn.Module):
     """A decoder that computes its last layer's attention weights for those who ask; mixed in before fairseq's class.
 
@@ -205,6 +199,9 @@ class AlignsOnDemand(nn.Module):
         alignment_layer: int | None = None,
         alignment_heads: int | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
+        if incremental_state is not None:
+            output = (encoder_out or {}).get("encoder_out")
+            incremental_state[SEARCH] = {"size": repeats(output[0]) if output else 1}
         is_asked = full_context_alignment or alignment_layer is not None or alignment_heads is not None
         # not next(iter(layers)): LayerDrop's list draws random numbers
         by_default = self.aligns or (not self.training and self.layers[-1].need_attn)

@@ -8,13 +8,15 @@ which holds for whatever comes next, training included. Here the repeated output
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
 from admin_fairseq.fast.measured import wanted
+
+CROWDED = 1.5  # times as many slots as are seen: they are worth a copy of those
 
 
 def repeats(output: Tensor) -> int:
@@ -69,29 +71,62 @@ class RepeatsOutput(nn.Module):
         return result
 
 
-class BeamAttention(MultiheadAttention):
-    """fairseq's attention, with a saved state of one row a sentence where it attends to repeated output."""
+class Beams:
+    """Which keys each hypothesis of a beam search sees, where every hypothesis of a step gets a slot for its own.
 
-    def shared(self, key: Tensor, padding: Tensor | None, state: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Of keys (time, rows, d) to be saved in ``state``, and of their padding (rows, time), one row a sentence."""
-        if "prev_key" in self._get_input_buffer(state):
-            return key, padding
-        beam = repeats(key)
-        if beam > 1 and padding is not None and not torch.equal(padding, padding[::beam].repeat_interleave(beam, 0)):
-            beam = 1
-        self.set_incremental_state(state, "beam", {"size": beam} if beam > 1 else {})
-        return key[:, ::beam], None if padding is None else padding[::beam]
+    fairseq copies the keys of all hypotheses to where they are continued, at every step. Here keys stay, and only this
+    table follows. It never changes: what comes after a step is another, computed once for all layers, which each ask.
 
-    def reorder_incremental_state(self, incremental_state: dict[str, Any], new_order: Tensor) -> dict[str, Any]:
-        """As in fairseq. Shared keys stay where all sentences do."""
-        beam = (self.get_incremental_state(incremental_state, "beam") or {}).get("size")
-        if beam is None:
-            return super().reorder_incremental_state(incremental_state, new_order)
-        state, (sentences, stays) = self._get_input_buffer(incremental_state), by_sentence(new_order, beam)
-        if stays and sentences is not None and len(sentences) == len(state["prev_key"]):
-            return incremental_state
-        if sentences is None:  # from here on each hypothesis has its own
-            self.set_incremental_state(incremental_state, "beam", {"size": 1})
-            sentences = new_order // beam
-        state = {name: rows if rows is None else rows.index_select(0, sentences) for name, rows in state.items()}
-        return self._set_input_buffer(incremental_state, state)
+    Attributes:
+        size: hypotheses of a sentence
+        seen: (sentences, size, slots), True for a hypothesis' ancestors and itself; the last ``size`` slots are this
+            step's
+        kept: of the slots before them, where they were at the step before: sentences and slots, (sentences, 1) and
+            (sentences, slots - size); None: where they are now
+    """
+
+    def __init__(self, size: int, seen: Tensor, kept: tuple[Tensor, Tensor] | None = None) -> None:
+        own = torch.eye(size, dtype=torch.bool, device=seen.device).expand(len(seen), size, size)
+        self.size = size
+        self.seen = torch.cat([seen, own], 2)
+        self.kept = kept
+        self.masks: dict[torch.dtype, Tensor | None] = {}
+        self.next: tuple[Tensor | None, int, Beams | None] = None, -1, None  # an order, its version, what comes after
+
+    @classmethod
+    def first(cls, size: int, rows: int, device: torch.device) -> Beams:
+        """At the first step, of ``rows`` hypotheses."""
+        return cls(size, torch.empty(rows // size, size, 0, dtype=torch.bool, device=device))
+
+    def mask(self, dtype: torch.dtype) -> Tensor | None:
+        """To be added to attention's scores, (sentences, 1, size, slots); None: everything is seen."""
+        if dtype not in self.masks:
+            hidden = None if self.size == 1 else ~self.seen[:, None]
+            self.masks[dtype] = None if hidden is None else hidden.to(dtype).masked_fill_(hidden, -math.inf)
+        return self.masks[dtype]
+
+    def after(self, order: Tensor | None) -> Beams | None:
+        """At the next step, where hypothesis i continues ``order[i]``, or i.
+
+        None if the order separates the hypotheses of a sentence.
+        """
+        if order is not None and order.is_inference():  # such tensors do not say whether they changed
+            return self._after(order)
+        version = 0 if order is None else order._version
+        if self.next[0] is not order or self.next[1] != version:
+            self.next = order, version, Beams(self.size, self.seen) if order is None else self._after(order)
+        return self.next[2]
+
+    def _after(self, order: Tensor) -> Beams | None:
+        sentences, stays = by_sentence(order, self.size)
+        if sentences is None:
+            return None
+        parents = (order % self.size).view(-1, self.size, 1)
+        seen = self.seen[sentences].gather(1, parents.expand(-1, -1, self.seen.shape[2]))
+        is_seen = seen.any(1)  # slots without descendants are of no use
+        most = int(is_seen.sum(1).max())
+        if stays and len(sentences) == len(self.seen) and seen.shape[2] < CROWDED * most:
+            return Beams(self.size, seen)
+        slots = is_seen.byte().sort(dim=1, descending=True, stable=True).indices[:, :most]
+        seen = seen.gather(2, slots[:, None].expand(-1, self.size, -1))
+        return Beams(self.size, seen, (sentences[:, None], slots))

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from helpers import Result, assert_same_checkpoint, checkpoint, train, train_here
+from helpers import Result, assert_same_checkpoint, checkpoint, generate, hypotheses, train, train_here
 
 from admin_fairseq import fast
 
@@ -30,6 +30,17 @@ def test_trains_as_fp32(data, tmp_path):
     # from the same weights, but fairseq's checkpoints have none of the bits that bf16 lacks
     assert parts[4] == losses["bf16"][4]
     assert parts == pytest.approx({update: losses["bf16"][update] for update in parts}, rel=0.01)
+
+
+@pytest.mark.slow
+def test_generates_nearly_as_in_fp32(data, tmp_path):
+    assert train(data, tmp_path, *ALL).code == 0
+    path, scores = tmp_path / "checkpoint_last.pt", []
+    for flags in ([], ["--bf16"]):
+        best = hypotheses(generate(data, path, *flags))
+        scores.append({line.split("\t")[0]: float(line.split("\t")[1]) for line in best})
+    fp32, bf16 = scores
+    assert bf16 == pytest.approx(fp32, abs=0.1) and bf16 != fp32
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import prepared, translate
 
-from admin_fairseq.fast import attention
+from admin_fairseq.fast import attention, decoding
 from admin_fairseq.fast.beams import by_sentence, repeats
 from admin_fairseq.fast.measured import MEASURED
 
@@ -115,6 +115,79 @@ def test_any_order(model, batch, saved, kind):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert saved[0] == 3
     assert (max(saved) > 3) == (kind in ("torn", "no multiple"))
+
+
+@pytest.fixture
+def slots(monkeypatch):
+    """Of the first layer's attention to the past, at each step: sentences, slots and room."""
+    seen = []
+    write = decoding.Past.write
+
+    def spy(self, keys, values):
+        write(self, keys, values)
+        seen.append((len(self.keys), self.slots, self.keys.shape[1]))
+
+    monkeypatch.setattr(decoding.Past, "write", spy)
+    return seen
+
+
+@torch.no_grad()
+def test_slots_of_a_long_search(model, batch, slots):
+    """Keys stay in place, those that nobody sees make room, and more room is made."""
+    net_input, generator = batch(3)["net_input"], torch.Generator().manual_seed(2)
+    orders, sentences = [], 3
+    for step in range(30):
+        parents = torch.randint(BEAM, (sentences, BEAM), generator=generator)
+        if step % 4 < 3:
+            parents = parents.sort().values if step < 6 else torch.arange(BEAM).expand(sentences, BEAM)
+        left = torch.arange(sentences) if step != 22 else torch.tensor([0, 2])
+        orders.append((parents + BEAM * torch.arange(sentences)[:, None])[left].view(-1))
+        sentences = len(left)
+    (stock, _), (ours, _) = model("--admin-fast", "off"), model()
+    at_once, steps = decode(stock, net_input, orders, False), decode(ours, net_input, orders, True)
+    for expected, found in zip(at_once, steps):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    layers = len(ours.decoder.layers)
+    assert len(slots) == 31 * layers
+    used = [slots[step * layers] for step in range(31)]
+    assert [sentences for sentences, _, _ in used] == [3] * 23 + [2] * 8
+    assert used[1][1] <= 2 * BEAM and used[30][1] < 31 * BEAM, "slots without descendants should be left"
+    assert len({room for _, _, room in used}) > 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("when", [1, 4])
+@pytest.mark.parametrize("what", ["no order", "two orders", "a pad", "weights", "a copied state", "dropout"])
+def test_slots_are_left_to_fairseq(model, batch, what, when):
+    """At one step in six, something that a search does not do; its own way before and after."""
+    net_input, results = batch(2)["net_input"], []
+    order = torch.tensor([1, 1, 0, 5, 3, 4])
+    for fast in ("off", "measured"):
+        one, _ = model("--admin-fast", fast)
+        output = one.encoder(net_input["src_tokens"], net_input["src_lengths"])
+        output = one.encoder.reorder_encoder_out(output, torch.arange(2).repeat_interleave(BEAM))
+        tokens, state, logits = torch.full((2 * BEAM, 1), EOS), {}, []
+        for step in range(6):
+            is_now, options = step == when, {}
+            for _ in range(1 if not is_now else {"no order": 0, "two orders": 2}.get(what, 1)):
+                if step:
+                    one.decoder.reorder_incremental_state_scripting(state, order)
+                    tokens = tokens[order]
+            if is_now and what == "a copied state":
+                state = copy.deepcopy(state)
+            if is_now and what == "weights":
+                options = {"alignment_layer": 0, "alignment_heads": 1}
+            for layer in one.decoder.layers:
+                dropout = layer.self_attn.dropout_module
+                dropout.p, dropout.apply_during_inference = 0.5, is_now and what == "dropout"
+            torch.manual_seed(1)
+            logits.append(one.decoder(tokens, output, incremental_state=state, **options)[0][:, -1])
+            new = 4 + torch.arange(len(tokens)) % 5 + step
+            if is_now and what == "a pad":
+                new[2] = one.decoder.padding_idx
+            tokens = torch.cat([tokens, new[:, None]], 1)
+        results.append(torch.stack(logits))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from argparse import Namespace
 import pytest
 import torch
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_REGISTRY
-from helpers import ROOT, SAME_PARTS, loss_and_gradients, unsettle
+from helpers import ROOT, SAME_PARTS, loss_and_gradients, translate, unsettle
 
 from admin_fairseq import AdminError
 from admin_fairseq.architectures import METHODS
@@ -90,6 +90,22 @@ def test_a_pickle_is_read_by_another_process(any_model, tmp_path):
     script = "import pickle, sys, torch, admin_fairseq; model, given, expected = pickle.load(open(sys.argv[1], 'rb'))"
     script += "; assert torch.equal(model(**given)[0], expected)"
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "model.pickle")], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("method", ["admin", "preln", "rezero", "subln", "residual", "siamese"])
+def test_translates_in_bf16_where_a_command_asks_for_it(method, any_model):
+    model, net_input, task, cfg = any_model(method, "transformer")
+    model.eval()
+    sample = {"net_input": net_input}
+    by_checkpoint, by_command = copy.deepcopy(cfg), copy.deepcopy(cfg)
+    by_checkpoint.common.bf16 = by_command.common.bf16 = True  # a checkpoint's settings say how it was trained
+    by_command.common_eval.path = "checkpoint_best.pt"
+    scores = {}
+    for dtype, cfg in ((torch.float32, by_checkpoint), (torch.bfloat16, by_command)):
+        model.prepare_for_inference_(cfg)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        scores[dtype] = torch.stack([each["positional_scores"].mean() for each in translate([model], task, sample)])
+    torch.testing.assert_close(scores[torch.bfloat16], scores[torch.float32], rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize("method", LANGUAGE_MODELS)
