@@ -107,6 +107,7 @@ class StepAttention(MultiheadAttention):
         """Attention of one token, (1, hypotheses, d), to keys as fairseq passes them; None: not served."""
         is_served = (
             len(query) == 1
+            and not torch.is_grad_enabled()  # rows are written in place
             and wanted("beams", query.device, self.mode)
             and dropout.probability(self.dropout_module) == 0
             and self.is_usual()

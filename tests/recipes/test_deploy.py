@@ -208,8 +208,9 @@ def test_benchmark(folder):
     command = [sys.executable, "-m", "benchmarks.deploy", folder / "run", "--repeat", "1"]
     printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     rows = [re.split(r" *\| *", line)[1:-1] for line in printed if line.startswith("|")]
-    assert [row[0] for row in rows[2:]] == ["fairseq-generate", "CTranslate2 float32", "CTranslate2 int8"]
-    assert rows[3][1:5] == [*rows[2][1:4], "25 of 25"]
+    fairseq = ["stock fairseq-generate", "fairseq-generate", "fairseq-generate --bf16"]
+    assert [row[0] for row in rows[2:]] == [*fairseq, "CTranslate2 float32", "CTranslate2 int8"]
+    assert rows[3][1:5] == rows[5][1:5] == [*rows[2][1:4], "25 of 25"]
     scores = json.loads((folder / "run/test/scores.json").read_text())
     assert rows[2][1:4] == [f"{score['score']:.2f}" for name, score in scores.items() if name != "checkpoints"]
 

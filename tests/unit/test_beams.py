@@ -190,6 +190,16 @@ def test_slots_are_left_to_fairseq(model, batch, what, when):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_of_steps(model, batch):
+    """Of training by what a search finds."""
+    net_input, gradients = batch(2)["net_input"], []
+    for fast in ("off", "measured"):
+        one, _ = model("--admin-fast", fast)
+        sum(logits.square().mean() for logits in decode(one, net_input, orders_of("within", 2), True)).backward()
+        gradients.append({name: parameter.grad for name, parameter in one.named_parameters()})
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
 @torch.no_grad()
 def test_output_is_copied_only_if_that_changes_it(model, batch):
     net_input = batch(3)["net_input"]
