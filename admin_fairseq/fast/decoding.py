@@ -131,7 +131,9 @@ class StepAttention(MultiheadAttention):
             past = Past(search["beams"], query)
             self._set_input_buffer(incremental_state, {"past": past})
         elif past.is_written:  # nobody gave an order
-            past.follow(past.beams.after(None))
+            unmoved = past.beams.after(None)
+            assert unmoved is not None
+            past.follow(unmoved)
         past.write(self.k_proj(query), self.v_proj(query))
         keys, values = (self._by_head(rows[:, : past.slots]) for rows in (past.keys, past.values))
         return self._attend(query, keys, values, past.beams.mask(query.dtype))
