@@ -95,6 +95,8 @@ def test_computes_the_same(build, batch, exact_softmax, options):
     assert largest_difference(admin.eval(), stock_model(folded, task), batch()) < 1e-9
     assert not [name for name in folded["model"] if "omega" in name]
     assert "admin" not in repr(folded["args"]) and "admin" not in repr(vars(folded["args"]))
+    assert "init_weights" not in folded["args"] and folded["args"].user_dir is None
+    assert folded["cfg"] is None and "last_optimizer_state" not in folded
     assert all(torch.equal(weight, before[name]) for name, weight in state["model"].items())
 
 
@@ -116,18 +118,25 @@ def test_trained_first_omega(build, batch, exact_softmax, options, omega):
     folded = fold(state, untie=not has_map)
     stock = stock_model(folded, task)
     assert largest_difference(admin.eval(), stock, batch()) < 1e-9
+    positions = folded["model"].get("encoder.embed_positions.weight", torch.zeros(PADDING + 1))
+    assert not positions[PADDING].any()  # as fairseq starts learned ones, and keeps them
     if options == SHARED:
         shared = (stock.encoder.embed_tokens, stock.decoder.embed_tokens, stock.decoder.output_projection)
         assert len({module.weight.data_ptr() for module in shared}) == 3
 
 
-@pytest.mark.parametrize("stack", ["encoder", "decoder"])
-def test_one_stack_is_untied(build, batch, exact_softmax, stack):
-    admin, task, cfg = build("transformer_admin", *SHARED)
+@pytest.mark.parametrize(
+    ("stack", "options"),
+    [("encoder", SHARED), ("decoder", SHARED), ("decoder", ["--share-decoder-input-output-embed"])],
+)
+def test_one_stack_is_untied(build, batch, exact_softmax, stack, options):
+    admin, task, cfg = build("transformer_admin", *options)
     with torch.no_grad():
         next(iter(sub_layers(getattr(admin, stack)).values())).omega.uniform_(0.5, 2)
-    stock = stock_model(fold(state_of(admin.double(), cfg), untie=True), task)
+    folded = fold(state_of(admin.double(), cfg), untie=True)
+    stock = stock_model(folded, task)
     assert largest_difference(admin.eval(), stock, batch()) < 1e-9
+    assert folded["args"].share_all_embeddings is False
     decoder = stock.decoder
     assert (decoder.embed_tokens.weight is decoder.output_projection.weight) == (stack == "encoder")
 
@@ -159,6 +168,18 @@ def test_language_model(build_lm, exact_softmax, options):
     tokens = torch.randint(4, len(task.source_dictionary), (3, 9))
     sample = {"net_input": {"src_tokens": tokens}}
     assert largest_difference(admin.eval(), stock_model(folded, task), sample) < 1e-9
+
+
+def test_weights_that_a_language_model_does_not_share(build_lm):
+    admin, _, _ = build_lm("transformer_lm_admin", "--decoder-layers", "1", "--adaptive-softmax-cutoff", "100")
+    args = Namespace(**{**vars(admin.decoder.args), "arch": "transformer_lm_admin", "optimizer": "adam"})
+    optimizer = torch.optim.Adam([weight for weight in admin.parameters() if weight.requires_grad]).state_dict()
+    state = {**state_of(admin, OmegaConf.create()), "args": args, "last_optimizer_state": optimizer}
+    kept = fold(state, keep_optimizer=True)["last_optimizer_state"]
+    assert len(kept["param_groups"][0]["params"]) == len(optimizer["param_groups"][0]["params"]) - 1  # omega
+    randomise(admin, first=True)
+    untied = fold({**state, "model": admin.state_dict()}, untie=True)["model"]
+    assert "decoder.embed_tokens.weight" in untied and "decoder.output_projection.weight" not in untied
 
 
 @pytest.mark.parametrize("form", ["legacy", "hydra"])
@@ -194,6 +215,13 @@ def test_keeps_dtype_and_folds_the_average(build):
         before, omega = (average[f"encoder.layers.1.{part}"] for part in ("fc1.weight", "final_layer_norm.omega"))
         torch.testing.assert_close(weights["encoder.layers.1.fc1.weight"], before / omega)
     assert "metrics" not in folded["extra_state"]
+    average["encoder.layers.1.final_layer_norm.omega"][3] = 0
+    with pytest.raises(AdminError) as raised:
+        fold(state)
+    assert str(raised.value) == (
+        "no exact fold:\n  - of the weights' average, encoder.layers.1.final_layer_norm.omega reaches 0.0e+00, and"
+        " weights are divided by it"
+    )
 
 
 def test_all_reasons_at_once(build):
@@ -212,7 +240,7 @@ def test_all_reasons_at_once(build):
         fold(state)
     lines = str(raised.value).splitlines()[1:]
     for needle in (
-        "layers_to_keep",
+        "  - layers_to_keep is set: layers that follow one another only after pruning cannot be folded",
         "first omega of the encoder",
         "encoder.layers.1.final_layer_norm.omega reaches 1.0e-09",
         "encoder.layers.2.self_attn_layer_norm.omega reaches nan",
@@ -220,7 +248,26 @@ def test_all_reasons_at_once(build):
         "no decoder.layers.1.self_attn.q_proj.weight",
     ):
         assert len([line for line in lines if needle in line]) == 1, needle
-    assert len(lines) == 6
+    assert len(lines) == 6 and lines[0].endswith("cannot be folded")
+
+
+def test_what_is_not_asked(build):
+    """How omega started: it has its values, and a start of the user's own may be known in their folder only."""
+    admin, _, cfg = build("transformer_admin")
+    state = state_of(admin, cfg)
+    for name, value in {"init": "mine", "margin": -1.0, "profile_batches": 0}.items():
+        values = {**vars(state["cfg"]["model"]), f"admin_{name}": value}
+        assert fold({**state, "args": Namespace(**values), "cfg": None})["model"]
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_layers_to_keep(build, stack):
+    admin, _, cfg = build("transformer_admin")
+    state = state_of(admin, cfg)
+    settings(state)
+    setattr(state["cfg"]["model"], f"{stack}_layers_to_keep", "0,1")
+    with pytest.raises(AdminError, match="layers_to_keep is set"):
+        fold(state)
 
 
 def test_how_near_zero_omega_may_come(build):
@@ -237,7 +284,7 @@ def test_half_precision_overflow(build):
     with torch.no_grad():
         admin.encoder.layers[0].fc1.weight[0, 0] = 60000
         admin.encoder.layers[0].final_layer_norm.omega.fill_(0.5)
-    with pytest.raises(AdminError, match=r"encoder.layers.0.fc1.weight times omega is beyond torch.float16"):
+    with pytest.raises(AdminError, match=r"\n  - encoder.layers.0.fc1.weight times omega is beyond torch.float16$"):
         fold(state_of(admin.half(), cfg))
 
 
@@ -269,8 +316,12 @@ def test_unfold_of_a_named_architecture(build, arch):
 def test_what_cannot_be_untied(build):
     admin, _, cfg = build("transformer_admin", *SHARED)
     state = state_of(randomise(admin, first=True), cfg)
-    with pytest.raises(AdminError, match="--untie makes new weights, which have no state for --keep-optimizer"):
+    why = "--untie makes new weights, which have no state for --keep-optimizer; drop one of them"
+    with pytest.raises(AdminError, match=f"^no exact fold:\n  - {why}$"):
         fold(state, untie=True, keep_optimizer=True)
+    merged = {**state["cfg"], "model": Namespace(**{**vars(state["cfg"]["model"]), "merge_src_tgt_embed": True})}
+    with pytest.raises(AdminError, match="first omega of the decoder is not 1, and its embeddings cannot be untied"):
+        fold({**state, "cfg": merged}, untie=True)
     del state["model"]["encoder.embed_tokens.weight"]
     with pytest.raises(AdminError, match="first omega of the encoder is not 1, and its embeddings cannot be untied"):
         fold(state, untie=True)
@@ -280,7 +331,8 @@ def test_what_cannot_be_untied(build):
 def test_round_trip(build, batch, options):
     stock, task, cfg = build("transformer", *options)
     state = state_of(stock, cfg)
-    unfolded = unfold(state)
+    copies = {f"encoder.layers.0.{name}": torch.ones(2) for name in FAST_PATH_COPIES}  # fairseq 0.12.2 has them
+    unfolded = unfold({**state, "model": {**state["model"], **copies}})
     admin = task.build_model(settings(unfolded))
     admin.load_state_dict(unfolded["model"], strict=True)
     assert all(torch.all(norm.omega == 1) for stack in admin.stacks().values() for norm in sub_layers(stack).values())
@@ -338,6 +390,8 @@ def test_other_optimizer_states_are_refused(build, batch):
     for other in (sgd, {**state, "last_optimizer_state": groups}):
         with pytest.raises(AdminError, match="not that of --optimizer adam with one entry a parameter"):
             fold(other, keep_optimizer=True)
+    with pytest.raises(AdminError, match="not that of a torch optimizer"):
+        fold({**state, "last_optimizer_state": {"state": [], "param_groups": []}}, keep_optimizer=True)
     bad = copy.deepcopy(state)
     bad["last_optimizer_state"]["state"][1]["exp_avg_sq"] = torch.ones(3)
     with pytest.raises(AdminError, match=r"the state's entry for .* is of another shape"):
@@ -353,13 +407,15 @@ def test_fixed_omega_has_no_optimizer_state(build, batch):
     state["last_optimizer_state"] = adam_state(admin, batch())
     kept = fold(state, keep_optimizer=True)["last_optimizer_state"]
     assert len(kept["state"]) == len(state["last_optimizer_state"]["state"])
+    assert {entry["exp_avg"].dtype for entry in kept["state"].values()} == {torch.float32}
 
 
 def test_optimizers_of_the_plugin_are_not_asked_for(build):
     admin, _, cfg = build("transformer_admin")
     state = state_of(admin, cfg)
-    state["cfg"]["optimizer"] = {"_name": "radam"}
-    assert fold(state)["args"].optimizer == "adam"
+    for name, stock in {"radam": "adam", "novograd": "adam", "sgd": "sgd"}.items():
+        state["cfg"]["optimizer"] = {"_name": name}
+        assert fold(state)["args"].optimizer == stock
 
 
 def test_verify_in_float64_and_on_other_data(build, data, monkeypatch):

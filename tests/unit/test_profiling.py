@@ -1,3 +1,4 @@
+import contextlib
 import inspect
 import json
 import math
@@ -133,6 +134,7 @@ def test_several_batches_are_reproducible_with_dropout(build, batch):
 def test_what_a_batch_is_unless_it_says_otherwise(build, batch):
     model, _, _ = build("transformer_admin", "--dropout", "0.3", "--encoder-layers", "1", "--decoder-layers", "1")
     net_input = batch()["net_input"]
+    model.decoder.output_layer = None  # no more is computed than is observed
     plain, counted, other = (profile(model, [(net_input, *rest)]) for rest in ((), (True, 1), (True, 2)))
     assert plain == counted != other
 
@@ -152,6 +154,19 @@ def test_the_bar_counts_sub_layers(build, batch, monkeypatch, capsys):
     profile(model, [sample])
     assert [bar.n for bar in bars] == [bars[0].total, 0] == [24, 0]  # the second is not shown
     assert not capsys.readouterr().err  # it was quick
+    assert (bars[0].desc, bars[0].unit, bars[0].delay) == ("Admin pre-pass", "sub-layer", 3)
+
+
+def test_what_a_thread_does_not_inherit(build, batch, monkeypatch):
+    """Autocast is on in each where it is at the call. And of batches on the CPU no GPU's random state is put back."""
+    model, _, _ = build("transformer_admin", "--encoder-layers", "1", "--decoder-layers", "1")
+    calls, devices, fork = [], [], torch.random.fork_rng
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda: True)
+    monkeypatch.setattr(torch, "autocast", lambda *what, **how: calls.append((what, how)) or contextlib.nullcontext())
+    monkeypatch.setattr(torch.random, "fork_rng", lambda of: devices.append(of) or fork(of))
+    profile(model, [(batch(4, start)["net_input"], True) for start in (0, 4)])
+    assert calls == [(("cuda",), {"enabled": True})] * 2
+    assert devices == [[]] * 10
 
 
 def test_a_batch_that_does_not_count(build, batch):
@@ -181,6 +196,7 @@ def test_leaves_everything_but_omega_alone(build, batch):
     modes = [module.training for module in model.eval().modules()]
     result = profile(model, [(batch()["net_input"], True)])
     assert len(result.encoder) == 6  # LayerDrop dropped nothing
+    assert model.omega_source == "profiling"
     assert [module.training for module in model.modules()] == modes
     assert not any("add" in vars(norm) for norm in sub_layers(model).values())
     for name, weight in model.state_dict().items():
@@ -197,18 +213,26 @@ def test_scalar_quantisation_noise_is_off_and_left_as_it_was(build, batch, monke
     quantised = [module for module in model.modules() if isinstance(module, IntLinear)]
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
     activations = [inspect.getclosurevars(hook).nonlocals["self"] for hook in hooks]
+    noisy, seen = [*quantised, *activations], set()
     sample = (batch()["net_input"], True)
-    noisy, exact = profile(model, [sample]), profile(plain, [sample])
-    assert noisy.encoder == pytest.approx(exact.encoder, rel=5e-3)  # it clamps weights to what 8 bits hold
+
+    def reduce(moments):
+        seen.update(module.p for module in noisy)
+        return moments
+
+    found, exact = profile(model, [sample], reduce), profile(plain, [sample])
+    assert seen == {0}
+    assert found.encoder == pytest.approx(exact.encoder, rel=5e-3)  # it clamps weights to what 8 bits hold
     assert min(len(quantised), len(activations)) > 20
 
     def states():
-        return [(module.p, module.counter, getattr(module, "scale", None)) for module in (*quantised, *activations)]
+        scales = [[getattr(module, name, None) for name in ("scale", "zero_point")] for module in noisy]
+        return [(module.p, module.counter, *scale) for module, scale in zip(noisy, scales)]
 
-    assert states() == [(0.5, 0, None)] * len(quantised) + [(0, 0, None)] * len(activations)
+    assert states() == [(0.5, 0, None, None)] * len(quantised) + [(0, 0, None, None)] * len(activations)
     model(**sample[0])
     before = states()
-    assert max(counter for _, counter, _ in before) == 1
+    assert max(counter for _, counter, *_ in before) == 1
     again = profile(model, [sample])
     assert again.encoder == pytest.approx(exact.encoder, rel=5e-3)
     assert states() == before
