@@ -5,7 +5,10 @@ import math
 import os
 import pickle
 import re
+import struct
+import zipfile
 from argparse import Namespace
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 
 import hostile
@@ -532,3 +535,260 @@ def test_arrays_of_no_shape(shape):
     for given, of in ((shape, kind), ((1,), np.dtype("f4"))):
         with pytest.raises(pickle.UnpicklingError, match=r"^an array is not one of numbers$"):
             unpickling.PlainArray().__setstate__((1, given, of, False, bytes(4)))
+
+
+def unpickled(body):
+    return unpickling.Unpickler(io.BytesIO(b"\x80\x02" + body + b".")).load()
+
+
+METER = hostile.name("fairseq.meters", "AverageMeter") + b")\x81"  # has a hash of its own
+ORDERED = hostile.name("collections", "OrderedDict")
+EMPTY = hostile.NAMESPACE + b")\x81"
+CALLS, MAKES = r"^it calls what only holds data$", "^it makes an object of what makes none$"
+SETS, NAME = "^it sets the state of what has none$", "^a dictionary has a name that is no text or number$"
+PAIRS, DIGITS = "^it makes a dictionary of what holds no pairs$", "^it holds a number of too many digits$"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (ORDERED + b"]R", CALLS),
+        (hostile.NAMESPACE + b")R", CALLS),
+        (hostile.NAMESPACE + b"K\1\x85\x81", MAKES),
+        (hostile.text("x") + b")\x81", MAKES),
+        *((each + b"b", SETS) for each in (EMPTY + b"]", b"}}", ORDERED + b")R]", hostile.NAMESPACE + b"}")),
+        (ORDERED + b")R}" + hostile.text("items") + b"K\1sb", "^it replaces what a dictionary does$"),
+        *((each, "^it puts something into what is no dict$") for each in (b"]K\1K\2s", EMPTY + b"(K\1K\2u")),
+        *((each, "^it puts something into what is no list$") for each in (b"}K\1a", EMPTY + b"(K\1e")),
+        *((each, NAME) for each in (b"}" + METER + b"K\1s", b"}" + b"K\1" + METER + b"\x86K\1s")),
+        *((each, NAME) for each in (b"}(K\1K\2" + METER + b"K\3u", b"(K\1K\2" + METER + b"K\3d")),
+        *((each, NAME) for each in (b"\x8f(K\1" + METER + b"\x90", b"(K\1" + METER + b"\x91")),
+        *((hostile.number(each), DIGITS) for each in (2**128, -(2**128))),
+        (b"\x8b" + struct.pack("<i", 17) + b"\0" * 16 + b"\1", DIGITS),
+        (hostile.call("_codecs", "encode", b"K\1"), "^it encodes what is no text$"),
+        *((hostile.call("collections", "OrderedDict", each), PAIRS) for each in (b"}", b"K\1K\2K\3\x87\x85")),
+        (hostile.call("collections", "OrderedDict", hostile.text("ab") + b"\x85"), PAIRS),
+        (hostile.call("collections", "OrderedDict", METER + b"K\1\x86\x85"), NAME),
+        (hostile.storage(b"K\1"), "^it names what is no storage$"),
+        (b"I1\n", "^it holds more than data$"),
+    ],
+)
+def test_programs_that_are_refused(body, message):
+    with pytest.raises(pickle.UnpicklingError, match=message):
+        unpickled(body)
+
+
+@pytest.mark.parametrize(
+    ("body", "value"),
+    [
+        (b"U\x02\xc3\xa9", "\xe9"),  # as Python 2 writes text
+        *((hostile.number(each), each) for each in (2**127, -(2**127))),
+        (b"\x8b" + struct.pack("<i", 1) + b"\5", 5),
+        (b"(K\1K\2K\3K\4d", {1: 2, 3: 4}),
+        (b"}(K\1K\2K\3K\4u", {1: 2, 3: 4}),
+        *((b"}" + key + b"K\3s", {each: 3}) for key, each in ((b"K\1N\x86", (1, None)), (b"N", None), (b"\x88", True))),
+        *((b"}" + key + b"K\3s", {each: 3}) for key, each in ((b"C\1x", b"x"), (b"G" + struct.pack(">d", 0.5), 0.5))),
+        (b"\x8f(K\1K\2\x90", {1, 2}),
+        (b"(K\1K\2\x91", frozenset({1, 2})),
+        (b"](K\1K\2e", [1, 2]),
+        (b"]K\1a", [1]),
+        (hostile.call("collections", "OrderedDict", b"K\1K\2\x86\x85"), OrderedDict({1: 2})),
+        (pickle.dumps(defaultdict(int, a=1), 2)[2:-1], {"a": 1}),
+        (EMPTY + b"}" + hostile.text("x") + b"K\1sb", Namespace(x=1)),
+    ],
+)
+def test_programs_that_are_data(body, value):
+    read = unpickled(body)
+    assert (read, type(read)) == (value, type(value))
+
+
+def test_names_of_python_2():
+    find = unpickling.Unpickler(io.BytesIO()).find_class
+    assert find("__builtin__", "long") is find("builtins", "int")
+    assert find("__builtin__", "bytes") is find("builtins", "bytes")
+
+
+FLOATS = unpickling._Numbers(torch.float32)
+NO_STORAGE = "^it names what is no storage$"
+
+
+def test_names_of_storages():
+    name = unpickling.Unpickler(io.BytesIO(), lambda *storage: storage).persistent_load
+    for word, count, more in (("storage", 3, ()), (b"storage", 0, ()), ("storage", 3, (None,))):
+        assert name((word, FLOATS, "7", "cpu", count, *more)) == (FLOATS, "7", count)
+
+
+@pytest.mark.parametrize(
+    ("pid", "message"),
+    [
+        (["storage", FLOATS, "7", "cpu", 3], NO_STORAGE),
+        (("storage", FLOATS, "7", "cpu"), NO_STORAGE),
+        (("module", FLOATS, "7", "cpu", 3), NO_STORAGE),
+        (("storage", torch.float32, "7", "cpu", 3), NO_STORAGE),
+        (("storage", FLOATS, 7, "cpu", 3), NO_STORAGE),
+        (("storage", FLOATS, "7", "cpu", 3, ("view", 0, 1)), NO_STORAGE),
+        *((("storage", FLOATS, "7", "cpu", count), "^a tensor's length is no number$") for count in (-1, True, "3")),
+    ],
+)
+def test_names_of_no_storages(pid, message):
+    with pytest.raises(pickle.UnpicklingError, match=message):
+        unpickling.Unpickler(io.BytesIO(), lambda *storage: storage).persistent_load(pid)
+
+
+STORAGE = unpickling._Storage(FLOATS, 16)
+
+
+@pytest.mark.parametrize(
+    ("storage", "offset", "size", "stride", "message"),
+    [
+        *((each, 0, (1,), (1,), "a storage, a shape and strides$") for each in (torch.ones(16), [], FLOATS)),
+        *((STORAGE, 0, *each, "a storage, a shape and strides$") for each in (([1], (1,)), ((1,), [1]))),
+        *((STORAGE, 0, *each, "is not made of numbers$") for each in (((1, 1), (1,)), ((1,), ()), ((-1,), (1,)))),
+        *((STORAGE, 0, *each, "is not made of numbers$") for each in (((1.0,), (1,)), ((1,), (True,)), ((1,), (-1,)))),
+        *((STORAGE, each, (1,), (1,), "is not made of numbers$") for each in (-1, None, 1.0)),
+    ],
+)
+def test_tensors_of_no_numbers(storage, offset, size, stride, message):
+    with pytest.raises(pickle.UnpicklingError, match=message):
+        unpickling._tensor(storage, offset, size, stride)
+
+
+def test_which_tensors_are_trained():
+    whole = unpickling._Storage(unpickling._Numbers(torch.int64), 1)
+    for storage, asked, trained in (
+        (STORAGE, True, True),
+        (STORAGE, 1, False),
+        (STORAGE, False, False),
+        (whole, True, False),
+    ):
+        assert unpickling._tensor(storage, 0, (1,), (1,), asked).requires_grad is trained
+    assert not unpickling._tensor(STORAGE, 0, (1,), (1,)).requires_grad
+
+
+def test_storages_are_read_in_parts():
+    asked = []
+
+    def readinto(part):
+        asked.append(len(part))
+        count = min(len(part), 2**23)
+        part[:count] = b"\1" * count
+        return count
+
+    storage = unpickling._Storage(unpickling._Numbers(torch.uint8), 2**24 + 9)
+    storage.fill(Namespace(readinto=readinto))
+    assert asked == [2**24, 2**23 + 9, 9]
+    assert storage.tensor.sum() == 2**24 + 9
+    with pytest.raises(pickle.UnpicklingError, match=r"^the file ends before its tensors do$"):
+        STORAGE.fill(io.BytesIO(bytes(63)))
+
+
+def test_an_array_without_a_state_is_empty():
+    read = unpickled(hostile.array(b"", b"", b"")[: -len(b"(K\1\x89tb")])
+    assert (type(read), read.shape, read.dtype) == (unpickling.PlainArray, (0,), np.int8)
+
+
+def with_parts(path, change):
+    """The good archive with its parts, a dictionary, changed."""
+    with zipfile.ZipFile(io.BytesIO(hostile.archive(hostile.GOOD))) as archive:
+        parts = [(name.partition("/")[2], archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in change(parts):
+            archive.writestr(name, content)
+    return open(path, "rb")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda part: [(f"a/{part[0]}", part[1]), (f"b/{part[0]}", part[1])], "^its parts are compressed"),
+        (lambda part: [("a/" + part[0].replace("data.pkl", "other"), part[1])], r"^an archive without data\.pkl$"),
+        (lambda part: [("a/" + part[0], part[1].replace(b"little", b"big"))], "^written on a big-endian machine$"),
+        (lambda part: [("a/" + part[0], part[1])] * (part[0] != "byteorder"), None),  # torch before 2.1
+    ],
+)
+def test_parts_of_an_archive(tmp_path, change, message):
+    with with_parts(tmp_path / "c.pt", lambda parts: [new for part in parts for new in change(part)]) as file:
+        if message is None:
+            assert unpickling.read(file)["odd"] == 1
+        else:
+            with pytest.raises(pickle.UnpicklingError, match=message):
+                unpickling.read(file)
+
+
+def test_parts_as_large_as_the_file(tmp_path):
+    with with_parts(tmp_path / "c.pt", lambda parts: [(f"a/{name}", content) for name, content in parts]) as file:
+        with zipfile.ZipFile(file) as archive:
+            whole = sum(entry.file_size for entry in archive.infolist())
+        assert unpickling._read_archive(file, whole)["odd"] == 1
+        with pytest.raises(pickle.UnpicklingError, match=r"^its parts are larger than the file$"):
+            unpickling._read_archive(file, whole - 1)
+
+
+def in_a_row(machine=None, keys=("0",), count=2, kind="DoubleStorage", start=0x1950A86A20F9469CFC6C):
+    """Of the form before torch 1.6: two tensors of one storage, of 16 bytes."""
+    machine = {"little_endian": True} if machine is None else machine
+    made = hostile.storage(b"K\2", kind=kind)[:-2] + b"NtQ"
+    rest = b"K\0" + b"K\2\x85" + b"K\1\x85" + b"\x89" + hostile.call("collections", "OrderedDict", b"")
+    tensor = hostile.call("torch._utils", "_rebuild_tensor_v2", made + rest)
+    state = b"\x80\x02}" + hostile.text("a") + tensor + b"s" + hostile.text("b") + tensor + b"s."
+    head = b"".join(pickle.dumps(part, 2) for part in (start, 1001, machine))
+    keys = pickle.dumps(list(keys) if isinstance(keys, tuple) else keys, 2)
+    return io.BytesIO(head + state + keys + struct.pack("<q", count) + np.array([1.5, 2.5]).tobytes())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"start": 3}, r"^not written by torch\.save$"),
+        *(({"machine": each}, "big-endian") for each in ({"little_endian": False}, {}, [], {"little_endian": 1})),
+        *(({"keys": each}, "its storages are not those of its tensors$") for each in ((), ("1",), ("0", "0"), "0")),
+        *(({"keys": each}, "its storages are not those of its tensors$") for each in ({"0": 0}, (0,), ("0", "1"))),
+        *(({"count": each}, "its storages are not those of its tensors$") for each in (1, 3, 2 << 56)),
+    ],
+)
+def test_parts_of_the_form_before_torch_1_6(changed, message):
+    assert unpickling._read_in_a_row(in_a_row(), 16)["b"].tolist() == [1.5, 2.5]  # its storage counts once
+    with pytest.raises(pickle.UnpicklingError, match=r"^a tensor of 2 numbers is larger than its part of the file$"):
+        unpickling._read_in_a_row(in_a_row(), 15)
+    with pytest.raises(pickle.UnpicklingError, match=message):
+        unpickling._read_in_a_row(in_a_row(**changed), 16)
+
+
+@pytest.mark.parametrize("count", [15, 17])
+def test_the_same_bytes_have_one_length(count):
+    assert unpickling._same(STORAGE, FLOATS, 16) is STORAGE
+    with pytest.raises(pickle.UnpicklingError, match=r"^it reads the same bytes as numbers of two kinds$"):
+        unpickling._same(STORAGE, FLOATS, count)
+
+
+def test_how_much_and_how_deep_data_may_be():
+    weight = torch.ones(2, dtype=torch.float64)
+    unpickling._check_data([weight, weight], 32)
+    with pytest.raises(pickle.UnpicklingError, match=r"^its weights are many times as large as the file$"):
+        unpickling._check_data([weight, weight], 31)
+    deep = []
+    for _ in range(unpickling.DEEPEST):
+        deep = [deep]
+    unpickling._check_data(deep, 0)
+    with pytest.raises(pickle.UnpicklingError, match=r"^its values are nested more than 50 deep$"):
+        unpickling._check_data([deep], 0)
+    around = [1]
+    around.append(around)
+    unpickling._check_data(around, 0)
+
+
+@pytest.mark.parametrize("holds", [list, lambda values: {"a": values}, lambda values: {1: with_own(a=values)}])
+def test_data_holds_nothing_else(holds):
+    unpickling._check_data(
+        holds([1, np.float64(2), unpickling.PlainArray(), torch.float16, None, Namespace(a=b"x")]), 0
+    )
+    for value in (Path(), int, Namespace(a=[Path()]), with_own(b=Path()), OrderedDict(b=Path())):
+        for values in ([value, 1], [value, torch.ones(0)], [1, value]):
+            with pytest.raises(pickle.UnpicklingError, match=r"^it holds a \w+, which is no data$"):
+                unpickling._check_data(holds(values), 0)
+
+
+def with_own(**attributes):
+    value = OrderedDict()
+    vars(value).update(attributes)
+    return value
