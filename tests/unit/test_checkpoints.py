@@ -687,6 +687,16 @@ def test_an_array_without_a_state_is_empty():
     assert (type(read), read.shape, read.dtype) == (unpickling.PlainArray, (0,), np.int8)
 
 
+def test_names_for_the_same_numbers_stay_so(tmp_path):
+    both, trained = torch.arange(6.0), torch.nn.Parameter(torch.ones(2))
+    state = {"model": {"a": both, "b": both[2:], "c": trained}}
+    for is_archive in (True, False):
+        torch.save(state, tmp_path / "c.pt", _use_new_zipfile_serialization=is_archive)
+        read = files.load(str(tmp_path / "c.pt"))["model"]
+        assert read["b"].data_ptr() == read["a"].data_ptr() + 8
+        assert (read["b"].tolist(), read["c"].tolist()) == ([2, 3, 4, 5], [1, 1])
+
+
 def with_parts(path, change):
     """The good archive with its parts, a dictionary, changed."""
     with zipfile.ZipFile(io.BytesIO(hostile.archive(hostile.GOOD))) as archive:
@@ -752,6 +762,12 @@ def test_parts_of_the_form_before_torch_1_6(changed, message):
         unpickling._read_in_a_row(in_a_row(), 15)
     with pytest.raises(pickle.UnpicklingError, match=message):
         unpickling._read_in_a_row(in_a_row(**changed), 16)
+
+
+def test_a_file_is_read_from_its_start(tmp_path):
+    torch.save({"model": {}}, tmp_path / "c.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "bad.pt").write_bytes(b"??" + (tmp_path / "c.pt").read_bytes()[2:])
+    refused(r"bad\.pt is not a fairseq checkpoint", files.load, str(tmp_path / "bad.pt"))
 
 
 @pytest.mark.parametrize("count", [15, 17])

@@ -15,6 +15,7 @@ from fairseq.trainer import Trainer
 from admin_fairseq import AdminError, hooks, start, sub_layers
 from admin_fairseq.checkpoints import unpickling
 from admin_fairseq.errors import NotFiniteError
+from admin_fairseq.model import AdminModel
 
 PATCHED = [
     (Trainer, "_build_optimizer", "_start_omega_then_build_optimizer"),
@@ -233,9 +234,20 @@ def test_only_numbers_are_explained(monkeypatch):
         assert error.value is own
 
 
-def test_what_building_the_optimizer_does(trainer, monkeypatch):
-    one, _ = trainer()
-    order = []
+def of_admin():
+    """What of a trainer its hooks look at."""
+    model = AdminModel.__new__(AdminModel)
+    model.admin_fast = "on"
+    checkpoint = SimpleNamespace(no_save=False, save_dir="out")
+    cfg = SimpleNamespace(checkpoint=checkpoint, common=SimpleNamespace())
+    return SimpleNamespace(
+        cfg=cfg, model=model, get_model=lambda: model, data_parallel_world_size=1, is_data_parallel_master=True
+    )
+
+
+def test_what_building_the_optimizer_does(monkeypatch):
+    one, order = of_admin(), []
+    monkeypatch.setattr(hooks, "Finalize", lambda *args, **options: None)
     monkeypatch.setattr(hooks.hints, "check_start", lambda *sections: order.append(("checked", *sections)))
     monkeypatch.setattr(hooks, "start_omega", lambda given: order.append(("started", given)))
     monkeypatch.setattr(hooks.fast, "apply_to_trainer", lambda *given: order.append(("fast", *given)))
@@ -243,10 +255,10 @@ def test_what_building_the_optimizer_does(trainer, monkeypatch):
     hooks._start_omega_then_build_optimizer(lambda given: order.append(("built", given)), one)
     assert order == [
         ("checked", one.cfg.checkpoint, one.cfg.common),
-        ("claimed", one.cfg.checkpoint.save_dir),
+        ("claimed", "out"),
         ("started", one),
         ("built", one),
-        ("fast", one, one.get_model().admin_fast),
+        ("fast", one, "on"),
     ]
 
 
@@ -264,14 +276,13 @@ def test_the_save_dir_is_claimed_once_until_the_trainer_goes(monkeypatch):
     assert order == [one, (one, "release out", {"exitpriority": 0})]
 
 
-def test_omega_is_logged_before_an_epoch_of_an_admin_model(trainer, monkeypatch):
-    one, _ = trainer()
-    order = []
+def test_omega_is_logged_before_an_epoch_of_an_admin_model(monkeypatch):
+    one, order = of_admin(), []
     monkeypatch.setattr(hooks, "log_omega", lambda given: order.append(("logged", given)))
     begin = lambda *given: order.append(given)  # noqa: E731
     hooks._log_omega_then_begin_epoch(begin, one, 3)
     assert order == [("logged", one), (one, 3)]
-    monkeypatch.setattr(Trainer, "get_model", lambda self: torch.nn.Linear(1, 1))
+    one.get_model = lambda: torch.nn.Linear(1, 1)
     hooks._log_omega_then_begin_epoch(begin, one, 4)
     assert order[2:] == [(one, 4)]
 
