@@ -167,7 +167,7 @@ class StepAttention(MultiheadAttention):
     def shared(self, key: Tensor, padding: Tensor | None, state: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Of keys (time, rows, d) to be saved in ``state``, and of their padding (rows, time), one row a sentence."""
         if "prev_key" in self._get_input_buffer(state):
-            return key, padding
+            return key, None  # it is saved with the keys
         beam = repeats(key)
         if beam > 1 and padding is not None and not torch.equal(padding, padding[::beam].repeat_interleave(beam, 0)):
             beam = 1
