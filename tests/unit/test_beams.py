@@ -192,6 +192,20 @@ def test_slots_are_left_to_fairseq(model, batch, what, when):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_weights_in_the_middle_of_a_search_without_padding(model, batch):
+    net_input, order, results = batch(2, same_length=True)["net_input"], torch.arange(2).repeat_interleave(BEAM), []
+    for fast in ("off", "measured"):
+        one, _ = model("--admin-fast", fast)
+        output = one.encoder(net_input["src_tokens"], net_input["src_lengths"])
+        output, tokens, state = one.encoder.reorder_encoder_out(output, order), torch.full((2 * BEAM, 1), EOS), {}
+        one.decoder(tokens, output, incremental_state=state)
+        tokens = torch.cat([tokens, tokens + 3], 1)
+        logits, extra = one.decoder(tokens, output, incremental_state=state, alignment_layer=0)
+        results.append((logits, extra["attn"][0]))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_of_steps(model, batch):
     """Of training by what a search finds."""
     net_input, gradients = batch(2)["net_input"], []
