@@ -73,7 +73,7 @@ class FamilyModel(nn.Module):
         A checkpoint's own settings, which fairseq passes where no command runs, say how it was trained.
         """
         super().prepare_for_inference_(cfg)
-        is_command = getattr(getattr(cfg, "common_eval", None), "path", None) is not None
+        is_command = cfg.common_eval.path is not None
         if is_command and cfg.common.bf16 and not cfg.common.fp16:
             self.bfloat16()
 

@@ -31,7 +31,7 @@ from sacremoses import MosesDetokenizer
 from benchmarks.common import PLUGIN, child_environment
 from benchmarks.tables import markdown
 from examples.common.score import hypotheses, score
-from examples.deploy.convert import checkpoint_of, convert, read_json
+from examples.deploy.convert import call, checkpoint_of, convert, read_json
 
 STOCK = "stock fairseq-generate"
 
@@ -103,8 +103,9 @@ def main() -> None:
         source = read_lines(data / "text" / f"bpe.test.{text['source']}")
         references = [read_lines(data / "text" / f"{kind}.test.{text['target']}") for kind in ("tok", "raw")]
         work = Work(data, source, text["search"], args.tokens, args.length)
-        checkpoint, folded, plugin = checkpoint_of(args.run), Path(temporary, "folded.pt"), ("--user-dir", PLUGIN)
-        subprocess.run([sys.executable, "-m", "admin_fairseq", "fold", checkpoint, folded], check=True)
+        checkpoint, folded = checkpoint_of(args.run).resolve(), Path(temporary, "folded.pt")
+        call(sys.executable, "-m", "admin_fairseq", "fold", checkpoint, folded)
+        plugin = ("--user-dir", PLUGIN)
         systems = {
             STOCK: lambda threads: by_fairseq(work, threads, folded),
             "fairseq-generate": lambda threads: by_fairseq(work, threads, checkpoint, *plugin),

@@ -60,10 +60,10 @@ class FastAttention(StepAttention):
     """fairseq's attention by ``scaled_dot_product_attention``: no weights are kept, and no mask a head.
 
     It serves full sequences, in training and evaluation, and by :class:`StepAttention` steps of incremental decoding.
-    fairseq's own ``forward`` serves the rest: wanted attention weights, pruned heads,
-    quantised or hooked projections, xFormers, ``add_bias_kv`` and ``add_zero_attn``, masks other than the decoder's own
-    causal one, and, on a CPU, attention dropout (which has no fused kernel there). On a GPU attention dropout has the
-    same distribution, but not the same random numbers.
+    fairseq's own ``forward`` serves the rest: wanted attention weights, pruned heads, quantised or hooked projections,
+    xFormers, ``add_bias_kv`` and ``add_zero_attn``, masks other than the decoder's own causal one, and, on a CPU,
+    attention dropout (which has no fused kernel there). On a GPU attention dropout has the same distribution, but not
+    the same random numbers.
 
     Under the causal mask, pads after the last token need no mask: no token sees them. Only what is computed at the
     pads themselves differs from fairseq's, and it reaches neither a token nor the loss. That is used in training; in
@@ -123,7 +123,7 @@ class FastAttention(StepAttention):
             return None
         mask, is_causal = masks
         p = dropout.probability(self.dropout_module)
-        q, k, v = (self._heads(x) for x in self._project(query, key))
+        q, k, v = (self._by_head(x.transpose(0, 1)) for x in self._project(query, key))
         if p and not query.is_cuda:
             x = dropout.DroppedAttention.apply(q, k, v, _hidden(mask, is_causal, len(query)), p)
         else:
@@ -160,10 +160,6 @@ class FastAttention(StepAttention):
         if key is query:
             return _linear(query, self.q_proj, self.k_proj, self.v_proj)
         return self.q_proj(query), *_linear(key, self.k_proj, self.v_proj)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """(time, batch, d) to (batch, heads, time, d / heads), without a copy."""
-        return x.reshape(*x.shape[:2], self.num_heads, self.head_dim).permute(1, 2, 0, 3)
 
 
 def _hidden(mask: Tensor | None, is_causal: bool, time: int) -> Tensor | None:

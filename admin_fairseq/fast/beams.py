@@ -1,9 +1,11 @@
-"""Keys and values of the encoder's output once a sentence, not once a hypothesis.
+"""What the hypotheses of a beam share: the encoder's output, and the past of those they continue.
 
 fairseq's generator repeats the encoder's output for the hypotheses of a beam. Every layer of the decoder then computes
 keys and values of each copy, keeps them and attends to them, and every step copies the output in the new order of the
 hypotheses, which changes nothing. fairseq's attention can share keys in a beam, but by ``set_beam_size``,
 which holds for whatever comes next, training included. Here the repeated output says so itself.
+
+Keys and values of the tokens so far are followed by a table (:class:`Beams`) instead of copied.
 """
 
 from __future__ import annotations

@@ -43,10 +43,7 @@ class Past:
         if beams.kept is not None:
             sentences, slots = beams.kept
             self.slots = slots.shape[1]
-            self.keys, self.values = (
-                self._with_room(rows.flatten(0, 1)[(sentences * rows.shape[1] + slots)])
-                for rows in (self.keys, self.values)
-            )
+            self.keys, self.values = (self._with_room(rows[sentences, slots]) for rows in (self.keys, self.values))
 
     def write(self, keys: Tensor, values: Tensor) -> None:
         """The keys and values (1, hypotheses, d) of this step."""

@@ -70,12 +70,17 @@ def test_translations(model, batch, saved, models):
     assert saved and max(saved) == 4
 
 
+def repeated_output(model, net_input):
+    """The encoder's, BEAM times each sentence."""
+    output = model.encoder(net_input["src_tokens"], net_input["src_lengths"])
+    order = torch.arange(len(net_input["src_tokens"])).repeat_interleave(BEAM)
+    return model.encoder.reorder_encoder_out(output, order)
+
+
 def decode(model, net_input, orders, is_incremental):
     """Logits of a step for each order, from an output repeated BEAM times."""
-    sentences = len(net_input["src_tokens"])
-    output = model.encoder(net_input["src_tokens"], net_input["src_lengths"])
-    output = model.encoder.reorder_encoder_out(output, torch.arange(sentences).repeat_interleave(BEAM))
-    tokens, state, logits = torch.full((sentences * BEAM, 1), EOS), {}, []
+    output = repeated_output(model, net_input)
+    tokens, state, logits = torch.full((len(net_input["src_tokens"]) * BEAM, 1), EOS), {}, []
     for step, order in enumerate([None, *orders]):
         if order is not None:
             tokens = tokens[order]
@@ -166,8 +171,7 @@ def test_slots_are_left_to_fairseq(model, batch, what, when):
     order = torch.tensor([1, 1, 0, 5, 3, 4])
     for fast in ("off", "measured"):
         one, _ = model("--admin-fast", fast)
-        output = one.encoder(net_input["src_tokens"], net_input["src_lengths"])
-        output = one.encoder.reorder_encoder_out(output, torch.arange(2).repeat_interleave(BEAM))
+        output = repeated_output(one, net_input)
         tokens, state, logits = torch.full((2 * BEAM, 1), EOS), {}, []
         for step in range(6):
             is_now, options = step == when, {}
@@ -194,11 +198,10 @@ def test_slots_are_left_to_fairseq(model, batch, what, when):
 
 @torch.no_grad()
 def test_weights_in_the_middle_of_a_search_without_padding(model, batch):
-    net_input, order, results = batch(2, same_length=True)["net_input"], torch.arange(2).repeat_interleave(BEAM), []
+    net_input, results = batch(2, same_length=True)["net_input"], []
     for fast in ("off", "measured"):
         one, _ = model("--admin-fast", fast)
-        output = one.encoder(net_input["src_tokens"], net_input["src_lengths"])
-        output, tokens, state = one.encoder.reorder_encoder_out(output, order), torch.full((2 * BEAM, 1), EOS), {}
+        output, tokens, state = repeated_output(one, net_input), torch.full((2 * BEAM, 1), EOS), {}
         one.decoder(tokens, output, incremental_state=state)
         tokens = torch.cat([tokens, tokens + 3], 1)
         logits, extra = one.decoder(tokens, output, incremental_state=state, alignment_layer=0)
@@ -240,8 +243,7 @@ def test_what_was_changed_is_not_shared(model, batch, saved, what):
     logits = []
     for fast in ("off", "measured"):
         one, _ = model("--admin-fast", fast)
-        output = one.encoder(net_input["src_tokens"], net_input["src_lengths"])
-        output = one.encoder.reorder_encoder_out(output, torch.arange(3).repeat_interleave(BEAM))
+        output = repeated_output(one, net_input)
         if what == "output":
             output["encoder_out"][0].mul_(torch.linspace(0.5, 2, 3 * BEAM)[None, :, None])
         else:
@@ -288,8 +290,7 @@ def test_in_inference_mode(model, batch):
         assert by_sentence(torch.tensor([1, 0, 2, 3]), 2)[0].tolist() == [0, 1]
     sample = batch(3)["net_input"]
     with torch.no_grad():
-        output = one.encoder(sample["src_tokens"], sample["src_lengths"])
-        output = one.encoder.reorder_encoder_out(output, torch.arange(3).repeat_interleave(BEAM))
+        output = repeated_output(one, sample)
     with torch.inference_mode():
         assert repeats(copy.deepcopy(output["encoder_out"][0])) == 1
 
