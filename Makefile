@@ -4,7 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
-KERNELS := tests/unit/test_kernels.py::test_values_in_the_interpreter
+# too long for the six minutes of make test: test-recipes runs them
+LATER := tests/unit/test_kernels.py::test_values_in_the_interpreter \
+	tests/commands/test_distributed.py::test_resume_after_a_worker_was_killed \
+	tests/commands/test_extending.py::test_both_appear_in_the_comparison
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # with a GPU; the pinned torch is for CPUs, so say which Python has one: make gpu-report PYTHON=...
@@ -35,10 +38,10 @@ lint: $(READY)
 	$(BIN)/pylint admin_fairseq benchmarks examples tests  # repeated lines
 
 test: lint
-	$(PYTEST) tests/unit tests/commands --deselect $(KERNELS)
+	$(PYTEST) tests/unit tests/commands $(LATER:%=--deselect %)
 
 test-recipes: $(READY)
-	$(PYTEST) tests/recipes $(KERNELS)
+	$(PYTEST) tests/recipes $(LATER)
 
 test-robustness: $(READY)
 	$(PYTEST) tests/robustness
@@ -57,7 +60,7 @@ test-slow: $(READY)
 	$(PYTEST) -m slow
 
 coverage: $(READY)
-	$(BIN)/python -m coverage run -m pytest tests/unit tests/commands --deselect $(KERNELS)
+	$(BIN)/python -m coverage run -m pytest tests/unit tests/commands $(LATER:%=--deselect %)
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report
 
