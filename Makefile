@@ -6,6 +6,7 @@ READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 # too long for the six minutes of make test: test-recipes runs them
 LATER := tests/unit/test_kernels.py::test_values_in_the_interpreter \
+	tests/unit/test_loss.py::test_compiled_as_on_a_gpu \
 	tests/commands/test_distributed.py::test_resume_after_a_worker_was_killed \
 	tests/commands/test_distributed.py::test_a_given_profile_is_the_first_workers \
 	tests/commands/test_extending.py::test_what_knows_the_folder_and_what_does_not \

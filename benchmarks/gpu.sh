@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that only a GPU shows, in nine minutes of one. None has been at hand so far.
+# All that only a GPU shows, in nine minutes of one.
 #
 #   benchmarks/gpu.sh [OUT]             figures into the folder OUT (gpu-report), each as soon as it is known
 #   REHEARSE=1 benchmarks/gpu.sh [OUT]  the same on a CPU at toy size: does it run?
@@ -7,12 +7,12 @@
 #                                       sacrebleu, scikit-learn, matplotlib and pytest-xdist lacks (21 MB, for Python 3.12)
 #
 # PYTHON (python3) has torch for this GPU. If it has no fairseq, wheels/ goes into an environment that is thrown away.
-# PARTS names what is run, of: tests kernels batches features scale deeper. SECONDS_LEFT (540) is for all of them.
+# PARTS names what is run, of: tests kernels loss features batches search scale deeper. SECONDS_LEFT (540) is for all of them.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=$(command -v "${PYTHON:-python3}") || { echo "benchmarks/gpu.sh: no ${PYTHON:-python3} here; PYTHON=... says which" && exit 2; }
 REHEARSE=${REHEARSE:-}
-PARTS=${PARTS:-tests kernels batches features scale deeper}
+PARTS=${PARTS:-tests kernels loss features batches search scale deeper}
 SECONDS_LEFT=${SECONDS_LEFT:-540}
 
 version() { sed -n "s/^$1==\([^ ;]*\).*/\1/p" "$2"; }
@@ -24,7 +24,7 @@ collect_wheels() {
     done
     for name in manylinux_2_28 manylinux_2_17 manylinux2014; do tags+=(--platform "${name}_x86_64"); done
     "$PYTHON" -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp "${tags[@]}" \
-        --dest wheels "${pinned[@]:0:3}" "fairseq-fixed==$(version fairseq-fixed requirements-fairseq.txt)" &&
+        --dest wheels "${pinned[@]:0:3}" "fairseq-fixed==$(version fairseq-fixed requirements-fairseq.txt)" liger-kernel &&
         "$PYTHON" -m pip wheel --no-deps --wheel-dir wheels "${pinned[3]}" && # pure Python, and on PyPI as source alone
         du -sh wheels
 }
@@ -64,7 +64,7 @@ part() {
 }
 
 main() {
-    local work=$1 out=$2 failed="" kernel=() report=() updates=() scale=() tests=() small
+    local work=$1 out=$2 failed="" kernel=() loss=() search=() report=() updates=() scale=() tests=() small
     if ! has_fairseq; then
         if ! compgen -G 'wheels/*.whl' >/dev/null; then
             echo "benchmarks/gpu.sh: $PYTHON has no fairseq; where there is a network: benchmarks/gpu.sh wheels"
@@ -83,9 +83,11 @@ main() {
         read -ra small <<<"$small"
         tests+=(-n 2 -k 'random_state or evaluation_draws')
         kernel=(--device interpreter --widths 64 --tokens 32 --rounds 1)
+        loss=(--device cpu --tokens 16 --words 100 --width 16 --rounds 1)
         updates=(--rounds 1 --threads 1 --length 3 --max-tokens 150)
         report=("${updates[@]}" --rehearse --depths 1-1 -- "${small[@]}")
-        updates+=(--depths 1-1 -- "${small[@]}")
+        search=("${updates[@]}" --depths 1-1 -- "${small[@]}")
+        updates=("${search[@]}")
         # fairseq's flat gradients ask for a GPU
         scale=(--cpu --fp16-no-flatten-grads --max-tokens 150 --max-update 5 --log-interval 1 "${small[@]}"
             --encoder-layers 1 --decoder-layers 1)
@@ -93,17 +95,22 @@ main() {
         command -v nvidia-smi >/dev/null &&
             nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm --format=csv,noheader
         tests+=(-n 12 --deselect tests/commands/test_gpu.py::test_kernels) # whose cases are here one by one
-        kernel=(--rounds 7)
-        report=(--depths 60-12)
+        kernel=(--rounds 7 --tokens 4096 16384 65536)
+        report=(--rounds 3 --depths 60-12)
         updates=(--rounds 4 --depths 18-18 --device cuda --dtype bf16 --max-tokens 16384)
+        search=(--rounds 2 --depths 18-18 --device cuda --dtype bf16 --max-tokens 4096)
         scale=(--max-tokens 8192 --max-update 200 --log-interval 10 --encoder-layers 60 --decoder-layers 12)
     fi
     timeout $((SECONDS_LEFT / 2)) "$PYTHON" benchmarks/ready.py "$work/data" || return 2
 
     part tests 120 "$PYTHON" -m pytest -p xdist --dist worksteal -vv --tb short --durations 5 "${tests[@]}"
-    part kernels 100 "$PYTHON" -m benchmarks.kernel --out "$out/kernel" "${kernel[@]}"
+    part kernels 50 "$PYTHON" -m benchmarks.kernel --out "$out/kernel" "${kernel[@]}"
+    part loss 60 "$PYTHON" -m benchmarks.loss --out "$out/loss" "${loss[@]}"
+    part features 110 "$PYTHON" -m benchmarks.speed "$work/data" --features --no-memory --no-generate \
+        --out "$out/features" "${updates[@]}"
     part batches 150 "$PYTHON" -m benchmarks.speed "$work/data" --gpu-report --out "$out/batches" "${report[@]}"
-    part features 100 "$PYTHON" -m benchmarks.speed "$work/data" --features --no-memory --out "$out/features" "${updates[@]}"
+    part search 60 "$PYTHON" -m benchmarks.speed "$work/data" --no-memory --methods postln,admin:off,admin:beams,admin:all \
+        --out "$out/search" "${search[@]}"
     part scale 80 "${PYTHON%/*}/fairseq-train" "$work/data" --user-dir admin_fairseq --arch transformer_admin \
         --fp16 --optimizer adam --adam-betas '(0.9, 0.98)' --lr 1e-3 --lr-scheduler inverse_sqrt --warmup-updates 200 \
         --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --share-all-embeddings --seed 1 \

@@ -119,8 +119,12 @@ class Process:
 
 # --- methods beside each other at each depth --------------------------------------------------------------------------
 
-# one projection is a part of the faster attention
-FEATURES = ("off", *(name.replace("one", "attention+one") for name in MEASURED), "all")
+
+def features(device: str, generates: bool) -> list[str]:
+    """Those that are to be measured, each by itself. On a GPU dropout is as it was."""
+    idle = {"dropout": device == "cuda", "beams": not generates}
+    names = [name.replace("one", "attention+one") for name in MEASURED if not idle.get(name)]
+    return ["off", *names, "all"]
 
 
 def write_synthetic(folder: Path, vocabulary: int, pairs: int, seed: int = 1) -> str:
@@ -166,7 +170,7 @@ def depth_report(args: Namespace, folder: str, data: str, worker: Worker) -> Ite
         for tokens in args.max_tokens:
             base = {"depth": depth, "max_tokens": tokens, "rounds": args.rounds, "methods": args.methods}
             base.update({"data": data, "folder": folder, "device": args.device, "dtype": args.dtype})
-            base.update({"threads": args.threads, "extra": args.extra, "prepass": True, "matmul": True})
+            base.update({"threads": args.threads, "extra": args.extra, "prepass": not args.features, "matmul": True})
             base.update({"generate": tokens == args.max_tokens[0] and not args.no_generate, "length": args.length})
             base.update({"beam": args.beam})
             alone = {**base, "rounds": 1, "prepass": False, "generate": False, "matmul": args.one_at_a_time}
@@ -455,7 +459,8 @@ def parse(argv: list[str]) -> Namespace:
     args = parser.parse_args(argv)
     args.extra = extra
     args.depths = args.depths or (["60-12", "100-100"] if args.gpu_report else ["6-6", "18-18", "60-12"])
-    args.methods = ["postln", *(f"admin:{name}" for name in FEATURES)] if args.features else args.methods
+    if args.features:
+        args.methods = ["postln", *(f"admin:{name}" for name in features(args.device, not args.no_generate))]
     args.max_tokens = args.max_tokens or [4096 if args.gpu_report or args.device == "cuda" else 512]
     if args.device == "cpu" and "fp16" in (args.dtype, *(method.partition("/")[2] for method in args.methods)):
         parser.error("fp16 needs --device cuda")

@@ -45,7 +45,7 @@ def apply_to_trainer(trainer: Trainer, mode: str) -> None:
     criterion = trainer.get_criterion()
     is_stock = type(criterion) is LabelSmoothedCrossEntropyCriterion  # not what is derived from it
     if is_stock and wanted("loss", trainer.device, mode):
-        loss.make_blockwise(criterion)
+        loss.speed_up(criterion)
     if wanted("adam", trainer.device, mode):
         adam.fuse(trainer.optimizer)
 

@@ -8,8 +8,10 @@ import torch
 
 MODES = ("measured", "all", "off")  # --admin-fast
 
-# By feature, the devices on which benchmarks found it to help: "cpu", or a GPU's torch.cuda.get_device_name(). No GPU
-# has been at hand so far; --admin-fast all uses every feature on every CPU and GPU.
+H100 = "NVIDIA H100 80GB HBM3"
+
+# By feature, the devices on which benchmarks found it to help: "cpu", or a GPU's torch.cuda.get_device_name().
+# --admin-fast all uses every feature on every CPU and GPU.
 MEASURED: dict[str, frozenset[str]] = {
     "sub-layer": frozenset({"cpu"}),
     "attention": frozenset({"cpu"}),
@@ -17,7 +19,7 @@ MEASURED: dict[str, frozenset[str]] = {
     "beams": frozenset({"cpu"}),
     "dropout": frozenset(),  # fastest on CPUs, but a seed's masks are not stock's: for those who ask
     "loss": frozenset({"cpu"}),
-    "adam": frozenset({"cpu"}),
+    "adam": frozenset({"cpu", H100}),
 }
 
 

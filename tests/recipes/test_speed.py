@@ -251,7 +251,7 @@ def test_what_a_method_says_is_on(monkeypatch):
     assert on("admin:loss+beams/bf16") == {"loss", "beams"}
     assert on("admin:all") == {"loss", "adam", "beams"}
     assert on("admin/bf16") == on("postln") == {"adam"}  # as it is
-    assert {"attention+one projection", "sub-layer", "off"} < set(speed.FEATURES)
+    assert {"attention+one projection", "sub-layer", "off"} < set(speed.features("cpu", True))
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
-"""Label-smoothed cross-entropy in blocks against fairseq's own."""
+"""Label-smoothed cross-entropy in blocks, and compiled, against fairseq's own."""
 
 from __future__ import annotations
 
 import copy
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -19,13 +20,13 @@ PADDING = 1
 @pytest.fixture
 def criteria(monkeypatch):
     """criteria(**settings) -> fairseq's criterion, and the same in blocks of two rows."""
-    monkeypatch.setattr(loss, "BLOCK", {"cpu": 2 * 97, "cuda": 2 * 97})
+    monkeypatch.setattr(loss, "BLOCK", 2 * 97)
 
     def criteria(label_smoothing=0.1, **settings):
         task = SimpleNamespace(target_dictionary=SimpleNamespace(pad=lambda: PADDING))
         stock = LabelSmoothedCrossEntropyCriterion(task, False, label_smoothing, **settings)
         ours = copy.copy(stock)
-        loss.make_blockwise(ours)
+        loss.speed_up(ours)
         return stock, ours
 
     return criteria
@@ -90,6 +91,43 @@ def test_the_definition_in_float64(criteria):
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, model.logits)[0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a compiler")
+def test_compiled_as_on_a_gpu(criteria, monkeypatch):
+    """To rounding, for any number of tokens, of which only the second compiles it once more."""
+    counters = pytest.importorskip("torch._dynamo.utils").counters
+    monkeypatch.setattr(loss, "choose", lambda logits: loss._compiled(logits.device, logits.dtype, logits.size(-1)))
+    counters.clear()
+    for dtype, kept in ((torch.float32, 7), (torch.float32, 6), (torch.float32, 3), (torch.bfloat16, 7)):
+        found = []
+        for criterion in criteria(ignore_prefix_size=1):
+            model = Model(dtype)
+            model.logits = torch.nn.Parameter(model.logits[:, :kept].detach().clone())
+            model.sample["target"] = model.sample["target"][:, :kept]
+            value, _, log = criterion(model, model.sample)
+            (2.5 * value).backward()
+            found.append([value, log["nll_loss"], model.logits.grad])
+        bound = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(*found, rtol=bound, atol=bound)
+        assert counters["frames"]["ok"] == 2 or dtype == torch.bfloat16
+    with torch.no_grad():
+        torch.testing.assert_close(criterion(model, model.sample)[0], value.detach())
+
+
+def test_fairseqs_own_loss_where_it_cannot_be_compiled(criteria, monkeypatch, caplog):
+    def compiles_not(function):
+        raise RuntimeError("no compiler\nmore of it")
+
+    loss._compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", compiles_not)
+    monkeypatch.setattr(loss, "choose", lambda logits: loss._compiled(logits.device, logits.dtype, logits.size(-1)))
+    stock, ours = criteria()
+    model = Model()
+    for _ in range(2):
+        assert torch.equal(*(criterion(model, model.sample)[0] for criterion in (stock, ours)))
+    assert caplog.messages == ["the loss cannot be compiled here (no compiler): it is fairseq's own"]
+    loss._compiled.cache_clear()
+
+
 def test_adaptive_softmax_is_left_to_fairseq(criteria):
     model = Model()
     model.decoder.adaptive_softmax = object()
@@ -99,17 +137,17 @@ def test_adaptive_softmax_is_left_to_fairseq(criteria):
 
 
 @pytest.mark.parametrize(
-    ("flags", "blockwise"),
+    ("flags", "is_faster"),
     [([], True), (["--admin-fast", "all"], True), (["--admin-fast", "off"], False)],
 )
-def test_the_switch(build, tmp_path, flags, blockwise):
+def test_the_switch(build, tmp_path, flags, is_faster):
     """The class keeps its name, without which fairseq does not resume."""
     model, task, cfg = build("transformer_admin", "--save-dir", str(tmp_path), "--admin-init", "unit", *flags)
     criterion = task.build_criterion(cfg.criterion)
     trainer = Trainer(cfg, task, model, criterion)
-    is_fused = blockwise and torch.__version__ >= "2.4"  # before, torch has no such kernel for CPUs
+    is_fused = is_faster and torch.__version__ >= "2.4"  # before, torch has no such kernel for CPUs
     assert type(trainer.optimizer.optimizer) is (adam.FusedAdam if is_fused else Adam)
-    assert ("compute_loss" in vars(criterion)) == blockwise
+    assert ("compute_loss" in vars(criterion)) == is_faster
     assert type(criterion) is LabelSmoothedCrossEntropyCriterion
 
 
