@@ -26,7 +26,7 @@ def script(root: Path, *arguments: object, **environment: str) -> subprocess.Com
     )
 
 
-@pytest.mark.parametrize("parts", ["kernels scale", pytest.param("batches features", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("parts", ["kernels loss scale", pytest.param("batches features search", marks=pytest.mark.slow)])
 def test_rehearsal(tmp_path, parts):
     """All parts but the tests, which run by themselves: each leaves its figures; what is printed is in gpu.log."""
     pytest.importorskip("triton", reason="Triton is not installed")
@@ -34,7 +34,7 @@ def test_rehearsal(tmp_path, parts):
     done = script(ROOT, tmp_path, **settings, TORCHDYNAMO_DISABLE="1")  # g++ takes half a minute
     assert done.returncode == 0, done.stdout
     assert (tmp_path / "gpu.log").read_text() == done.stdout
-    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == (3 if "scale" in parts else 5)
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == (5 if "scale" in parts else 8)
 
     def table(name):
         with (tmp_path / name).open() as file:
