@@ -76,8 +76,8 @@ def _compiled(device: torch.device, dtype: torch.dtype, vocabulary: int) -> Sums
     """Compiled and tried; a second number of tokens compiles it again, for any number."""
     try:
         compute = torch.compile(smoothed_sums)
-        logits = torch.zeros(2, vocabulary, device=device, dtype=dtype).requires_grad_()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            logits = torch.zeros(2, vocabulary, device=device, dtype=dtype).requires_grad_()
             torch.autograd.grad(sum(compute(logits, torch.ones(2, 1, device=device, dtype=torch.long), 0)), logits)
     except Exception as error:  # no compiler, a torch without it: whatever it is, fairseq's own loss serves
         reason = str(error).strip().split("\n")[0] or type(error).__name__
