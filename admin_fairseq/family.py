@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from typing import Any, ClassVar, Mapping
 
+import torch
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from torch import nn
@@ -12,6 +16,10 @@ from torch import nn
 from admin_fairseq import weights
 from admin_fairseq.config import POSITIONS, as_namespace
 from admin_fairseq.errors import AdminError
+
+logger = logging.getLogger(__name__)
+
+CPUINFO = Path("/proc/cpuinfo")
 
 
 class FamilyModel(nn.Module):
@@ -75,7 +83,16 @@ class FamilyModel(nn.Module):
         super().prepare_for_inference_(cfg)
         is_command = cfg.common_eval.path is not None
         if is_command and cfg.common.bf16 and not cfg.common.fp16:
+            warn_where_bf16_is_slow(cfg.common)
             self.bfloat16()
+
+
+def warn_where_bf16_is_slow(common: Any) -> None:
+    """By fairseq's section of that name, and by what Linux says of this processor; elsewhere nothing is known."""
+    if not common.bf16 or (torch.cuda.is_available() and not common.cpu):
+        return
+    if CPUINFO.exists() and not re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", CPUINFO.read_text()):
+        logger.warning("--bf16: this processor has no bf16 instructions (avx512_bf16, amx_bf16); fp32 may be faster")
 
 
 class FamilyLanguageModel(FamilyModel):

@@ -25,6 +25,7 @@ from admin_fairseq.checkpoints.files import read
 from admin_fairseq.checkpoints.guard import guard_fairseq
 from admin_fairseq.checkpoints.unpickling import SAFE_GLOBALS, SENT_GLOBALS
 from admin_fairseq.errors import AdminError, NotFiniteError
+from admin_fairseq.family import warn_where_bf16_is_slow
 from admin_fairseq.metrics import log_omega, without_omega
 from admin_fairseq.model import AdminModel
 from admin_fairseq.rules import FULLY_SHARDED, RuledModel
@@ -129,6 +130,7 @@ def _train_step_and_watch(
 def _start_omega_then_build_optimizer(build_optimizer: Callable[[Trainer], None], trainer: Trainer) -> None:
     hints.check_start(trainer.cfg.checkpoint, trainer.cfg.common)  # hydra's, too
     _claim_save_dir(trainer)
+    warn_where_bf16_is_slow(trainer.cfg.common)
     model = trainer.get_model()
     if isinstance(model, AdminModel):
         trainer.model  # noqa: B018  (with several workers, wrapping is what moves the model to its device)

@@ -125,6 +125,10 @@ main() {
     [[ ! $failed ]] || { echo "failed:$failed" && return 1; }
 }
 
+if [[ ${1:-} == -* ]]; then
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+    exit
+fi
 if [[ ${1:-} == wheels ]]; then
     collect_wheels
     exit

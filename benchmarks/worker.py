@@ -158,7 +158,7 @@ def compare_methods(setting: Setting, clocks: dict[str, Clock]) -> Answer:
         torch.cuda.reset_peak_memory_stats = lambda *_: None  # the trainer would reset it after every update
     first.cfg.dataset.max_tokens = setting["max_tokens"]
     each_update = first.cfg.optimization.update_freq[0]
-    batches = sample_batches(first, (WARMUP + setting["rounds"]) * each_update)
+    batches, of_all = sample_batches(first, (WARMUP + setting["rounds"]) * each_update)
     updates = [batches[i : i + each_update] for i in range(0, len(batches), each_update)]
     rounds: dict[str, list[dict[str, float]]] = {method: [] for method in trainers}
     for number, samples in enumerate(updates):
@@ -168,6 +168,7 @@ def compare_methods(setting: Setting, clocks: dict[str, Clock]) -> Answer:
             if number >= WARMUP:
                 rounds[method].append({**seconds, **counts(samples, trainers[method])})
     found: Answer = {"rounds": rounds, "parameters": {}, "prepass": {}, "generation": {}, "matmul": {}, "parts": {}}
+    found["updates_an_epoch"] = of_all / each_update
     found["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_memory(os.getpid())
     for method, trainer in trainers.items():
         model = trainer.get_model()
@@ -205,13 +206,13 @@ def in_turn(methods: Iterable[str], number: int) -> list[str]:
     return order[number % len(order) :] + order[: number % len(order)]
 
 
-def sample_batches(trainer: Trainer, count: int) -> list[dict[str, Any]]:
-    """Batches of short, middling and long sentences in random order."""
+def sample_batches(trainer: Trainer, count: int) -> tuple[list[dict[str, Any]], int]:
+    """Batches of short, middling and long sentences in random order; and how many there are in all."""
     iterator = trainer.get_train_iterator(1, load_dataset=False, disable_iterator_cache=True)
     dataset, chosen = trainer.task.dataset("train"), iterator.frozen_batches
     places = np.linspace(0, max(0, len(chosen) - 2), count).astype(int)  # the last one may be small
     np.random.RandomState(1).shuffle(places)
-    return [dataset.collater([dataset[i] for i in chosen[place]]) for place in places]
+    return [dataset.collater([dataset[i] for i in chosen[place]]) for place in places], len(chosen)
 
 
 def counts(samples: list[dict[str, Any]], trainer: Trainer) -> dict[str, int]:

@@ -6,10 +6,6 @@ fairseq's own computation wherever the faster one does not serve.
 
 from __future__ import annotations
 
-import logging
-import re
-from pathlib import Path
-
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.trainer import Trainer
 from torch import nn
@@ -18,10 +14,6 @@ from admin_fairseq.fast import adam, attention, dropout, loss
 from admin_fairseq.fast.measured import MODES, wanted
 from admin_fairseq.fast.norm import FastOmegaLayerNorm
 from admin_fairseq.omega import sub_layers
-
-logger = logging.getLogger(__name__)
-
-CPUINFO = Path("/proc/cpuinfo")
 
 __all__ = ["MODES", "apply", "apply_to_trainer"]
 
@@ -40,16 +32,9 @@ def apply(stacks: dict[str, nn.Module], mode: str) -> None:
 
 def apply_to_trainer(trainer: Trainer, mode: str) -> None:
     """Put the faster loss and optimizer into a trainer that has its optimizer."""
-    if trainer.cfg.common.bf16 and not trainer.cuda and not _multiplies_bf16():
-        logger.warning("--bf16: this processor has no bf16 instructions (avx512_bf16, amx_bf16); fp32 may be faster")
     criterion = trainer.get_criterion()
     is_stock = type(criterion) is LabelSmoothedCrossEntropyCriterion  # not what is derived from it
     if is_stock and wanted("loss", trainer.device, mode):
         loss.speed_up(criterion)
     if wanted("adam", trainer.device, mode):
         adam.fuse(trainer.optimizer)
-
-
-def _multiplies_bf16() -> bool:
-    """As Linux says of this processor; elsewhere nothing is known against it."""
-    return not CPUINFO.exists() or bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", CPUINFO.read_text()))

@@ -6,9 +6,10 @@ import logging
 
 import pytest
 import torch
+from fairseq import tasks
 from helpers import Result, assert_same_checkpoint, checkpoint, generate, hypotheses, train, train_here
 
-from admin_fairseq import fast
+from admin_fairseq import family
 
 ALL = ("--admin-fast", "all", "--dropout", "0.1", "--attention-dropout", "0.1", "--activation-dropout", "0.1")
 
@@ -59,9 +60,14 @@ def by_update(result: Result) -> dict[int, float]:
 
 
 @pytest.mark.parametrize(("flags", "is_slow"), [("fpu avx512f", True), ("fpu amx_bf16", False), ("asimd bf16", False)])
-def test_a_line_where_the_processor_lacks_bf16(data, tmp_path, monkeypatch, caplog, flags, is_slow):
-    monkeypatch.setattr(fast, "CPUINFO", tmp_path / "cpuinfo")
-    fast.CPUINFO.write_text(f"processor : 0\nflags : {flags} sse2\n")
+@pytest.mark.parametrize("method", ["admin", "preln"])
+def test_a_line_where_the_processor_lacks_bf16(data, tmp_path, monkeypatch, caplog, flags, is_slow, method):
+    monkeypatch.setattr(family, "CPUINFO", tmp_path / "cpuinfo")
+    family.CPUINFO.write_text(f"processor : 0\nflags : {flags} sse2\n")
     with caplog.at_level(logging.WARNING):
-        train_here("transformer_admin", data, tmp_path / "run", "--bf16")
-    assert ("has no bf16 instructions" in caplog.text) == is_slow
+        cfg = train_here(f"transformer_{method}", data, tmp_path / "run", "--bf16")
+    assert caplog.text.count("has no bf16 instructions") == is_slow
+    cfg.common_eval.path = "a checkpoint"  # as fairseq-generate
+    with caplog.at_level(logging.WARNING):
+        tasks.setup_task(cfg.task).build_model(cfg.model).prepare_for_inference_(cfg)
+    assert caplog.text.count("has no bf16 instructions") == 2 * is_slow

@@ -26,7 +26,9 @@ def script(root: Path, *arguments: object, **environment: str) -> subprocess.Com
     )
 
 
-@pytest.mark.parametrize("parts", ["kernels loss scale", pytest.param("batches features search", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "parts", ["kernels loss scale", pytest.param("batches features search", marks=pytest.mark.slow)]
+)
 def test_rehearsal(tmp_path, parts):
     """All parts but the tests, which run by themselves: each leaves its figures; what is printed is in gpu.log."""
     pytest.importorskip("triton", reason="Triton is not installed")

@@ -126,6 +126,7 @@ def pretend(setting):
     step = (0.5 if tokens == 2048 else 2.0) * (1 + (method == "postln"))
     rounds = [{"forward": 0.1, "backward": 0.2, "optimizer": 0.1, "step": step, "tokens": tokens, "flops": 1e12}]
     common = {"prepass": {}, "generation": {}, "matmul": {method: 4e12}, "parts": {}, "memory_mb": 100 + tokens / 1024}
+    common["updates_an_epoch"] = 2**20 / tokens
     return {"rounds": {method: rounds}, "parameters": {method: 1}, **common}
 
 
@@ -163,7 +164,7 @@ def test_gpu_report(report, capsys):
     out, err = capsys.readouterr()
     assert "--checkpoint-activations" in out and "fp16" in out and "a sub-layer" not in out
     assert "postln 100-100 fp16: ended at --max-tokens 1024: out of memory\n" in err
-    assert "admin 60-12 bf16 --admin-fast all, --max-tokens 2048: 4096 tokens a second, 50% of" in err
+    assert "admin 60-12 bf16 --admin-fast all, --max-tokens 2048: 256 s an epoch, 4096 tokens a second, 50% of" in err
 
 
 def test_gpu_report_is_written_line_by_line(report, tmp_path):

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from admin_fairseq import AdminError, sub_layers
 from admin_fairseq.checkpoints import authors, checks
 from admin_fairseq.checkpoints.files import settings
-from admin_fairseq.checkpoints.fold import PADDING, fold, unfold
+from admin_fairseq.checkpoints.fold import PADDING, _parameters, fold, unfold
 from admin_fairseq.checkpoints.verify import compare, load_model
 from admin_fairseq.rules import FAST_PATH_COPIES
 
@@ -123,6 +123,20 @@ def test_trained_first_omega(build, batch, exact_softmax, options, omega):
     if options == SHARED:
         shared = (stock.encoder.embed_tokens, stock.decoder.embed_tokens, stock.decoder.output_projection)
         assert len({module.weight.data_ptr() for module in shared}) == 3
+
+
+def test_untied_weights_of_other_fairseqs(build):
+    """0.9 saves no output layer where it is the embeddings; 0.12.2 saves a number beside sinusoidal positions."""
+    admin, _, cfg = build("transformer_admin", *SHARED)
+    state = state_of(randomise(admin, first=True), cfg)
+    positions = {f"{stack}.embed_positions._float_tensor": torch.ones(1) for stack in ("encoder", "decoder")}
+    weights = {**state["model"], **positions}
+    embeddings = weights["decoder.embed_tokens.weight"]
+    del weights["decoder.output_projection.weight"]
+    folded = fold({**state, "model": weights}, untie=True)["model"]
+    assert torch.equal(folded["decoder.output_projection.weight"], embeddings)
+    assert not torch.equal(folded["decoder.embed_tokens.weight"], embeddings)
+    assert not positions.keys() & folded.keys()
 
 
 @pytest.mark.parametrize(
@@ -333,6 +347,7 @@ def test_round_trip(build, batch, options):
     state = state_of(stock, cfg)
     copies = {f"encoder.layers.0.{name}": torch.ones(2) for name in FAST_PATH_COPIES}  # fairseq 0.12.2 has them
     unfolded = unfold({**state, "model": {**state["model"], **copies}})
+    assert not copies.keys() & unfolded["model"].keys()
     admin = task.build_model(settings(unfolded))
     admin.load_state_dict(unfolded["model"], strict=True)
     assert all(torch.all(norm.omega == 1) for stack in admin.stacks().values() for norm in sub_layers(stack).values())
@@ -361,6 +376,7 @@ def test_optimizer_state(build, batch, exact_softmax, options):
     admin, task, cfg = build("transformer_admin", *options, *NO_DROPOUT)
     state = state_of(randomise(admin).double(), cfg)
     state["last_optimizer_state"] = adam_state(admin, batch())
+    assert "last_optimizer_state" not in fold(state)
     folded = fold(state, keep_optimizer=True)
     stock = stock_model(folded, task).train()
     expected, found = adam_state(stock, batch()), folded["last_optimizer_state"]
@@ -377,6 +393,13 @@ def test_optimizer_state(build, batch, exact_softmax, options):
     assert fold(unfold(folded, keep_optimizer=True), keep_optimizer=True)["last_optimizer_state"]["state"].keys() == (
         found["state"].keys()
     )
+
+
+def test_parameters_are_those_that_are_trained_once():
+    merged = Namespace(merge_src_tgt_embed=True, share_decoder_input_output_embed=False)
+    embeddings = [f"{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")]
+    others = ["encoder.version", "encoder.embed_positions._float_tensor", "decoder.output_projection.weight"]
+    assert _parameters(dict.fromkeys([*embeddings, *others]), merged) == embeddings[:1]
 
 
 def test_other_optimizer_states_are_refused(build, batch):

@@ -135,7 +135,7 @@ def test_what_is_installed(monkeypatch, version, lists):
 
 
 def test_loading_as_data_gives_torchs_loading_back(tmp_path):
-    ours, torch_load, seen = hooks._load_as_data, torch.load, []
+    ours, torch_load, seen = hooks._load_as_data, torch.serialization.load, []
 
     def load(path, *args, **options):
         seen.append((path, args, options, torch.load is not torch_load))
@@ -239,7 +239,7 @@ def of_admin():
     model = AdminModel.__new__(AdminModel)
     model.admin_fast = "on"
     checkpoint = SimpleNamespace(no_save=False, save_dir="out")
-    cfg = SimpleNamespace(checkpoint=checkpoint, common=SimpleNamespace())
+    cfg = SimpleNamespace(checkpoint=checkpoint, common=SimpleNamespace(bf16=False))
     return SimpleNamespace(
         cfg=cfg, model=model, get_model=lambda: model, data_parallel_world_size=1, is_data_parallel_master=True
     )
@@ -299,6 +299,7 @@ def test_alignments_are_there_for_whoever_asks_for_them(build):
 def test_progress_bars_leave_omega_out(capsys):
     stats = {"loss": 2.0, "omega_mean/decoder.layers.0.ffn": 1.0}
     assert progress_bar.BaseProgressBar([])._format_stats(stats) == {"loss": "2"}
+    assert hooks._format_without_omega(lambda *given: given, "bar", stats, 3) == ("bar", {"loss": 2.0}, 3)
     bar = progress_bar.JsonProgressBar([])
     assert dict(bar._format_stats(stats, epoch=3, update=0.5)) == {
         "epoch": 3,
