@@ -103,9 +103,16 @@ def sub_layers(stack: nn.Module) -> dict[str, OmegaLayerNorm]:
 
 
 def set_omega(norms: Iterable[OmegaLayerNorm], values: Iterable[float]) -> None:
-    """Fill each sub-layer's omega with one number, in forward order."""
-    with torch.no_grad():
-        for norm, value in zip(norms, values):
+    """Fill each sub-layer's omega with one number, in forward order.
+
+    Raises:
+        AdminError: it is larger than numbers of omega's dtype are.
+    """
+    for norm, value in zip(norms, values):
+        if value > torch.finfo(norm.omega.dtype).max:
+            dtype = str(norm.omega.dtype).partition(".")[2]
+            raise AdminError(f"an omega of {value:.3g} is more than {dtype} holds; take a smaller --admin-margin")
+        with torch.no_grad():
             norm.omega.fill_(value)
 
 

@@ -132,7 +132,7 @@ def read_profile(path: str, encoder_sub_layers: int | None = None, decoder_sub_l
         if text.lstrip().startswith("{"):
             content = json.loads(text)
             if content.get("version", VERSION) != VERSION:
-                raise ValueError(f"version {content['version']}; this admin_fairseq reads version {VERSION}")
+                raise ValueError(f"version {content['version']!r:.20}; this admin_fairseq reads version {VERSION}")
             for name in STACKS:
                 numbers = content[name]
                 if not isinstance(numbers, list) or not {type(number) for number in numbers} <= {int, float}:

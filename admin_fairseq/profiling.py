@@ -21,7 +21,7 @@ from tqdm import tqdm
 from admin_fairseq.errors import AdminError
 from admin_fairseq.model import AdminModel
 from admin_fairseq.norm import OmegaLayerNorm
-from admin_fairseq.omega import next_omega, observed, sub_layers
+from admin_fairseq.omega import next_omega, observed, set_omega, sub_layers
 from admin_fairseq.profile_file import STACKS, Profile
 from admin_fairseq.turns import Turns
 
@@ -92,7 +92,7 @@ class _PrePass:
     def _observe(self, stack: str, name: str, norm: OmegaLayerNorm, x: Tensor, f: Tensor) -> None:
         """x and f are (time, batch, d): the shortcut and the residual branch after dropout."""
         omega = self._next_omega[stack]
-        norm.omega.fill_(omega)
+        set_omega([norm], [omega])
 
         sample = self.samples[self.turns.now]
         padding = self.model.stacks()[stack].padding_idx

@@ -102,7 +102,7 @@ def _read(mark: IO[bytes]) -> dict[str, Any]:
         mark.seek(0)
         content = json.loads(mark.read())
         return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 

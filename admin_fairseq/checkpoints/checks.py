@@ -241,7 +241,8 @@ def check_progress(state: dict[str, Any]) -> None:
     if not (isinstance(iterator, dict) and all(isinstance(value, (int, type(None))) for value in iterator.values())):
         raise AdminError("its extra_state does not say how far the training has come as fairseq does")
     try:
-        for group in extra.get("metrics", {}).values():
+        groups = {id(group): group for group in extra.get("metrics", {}).values()}  # each once, if it has many names
+        for group in groups.values():
             for _, _, name, meter in group:
                 _new_meter(name).load_state_dict(meter)
     except Exception as error:

@@ -53,7 +53,9 @@ FORGOTTEN = {
     **dict.fromkeys(("load_pretrained_encoder_from", "load_pretrained_decoder_from", "quantization_config_path")),
     **dict.fromkeys(("azureml_logging", "use_plasma_view"), False),
 }
-MOST, DEEPEST, LONGEST = 100_000, 20, 10_000  # values, levels, items of an evaluated list
+MOST, DEEPEST = 100_000, 20  # values, levels
+LONGEST = 10_000  # characters of an evaluated option, and values in what it says
+METHODS = {"self", *dir(OrderedDict)}  # what settings are read by, as a dictionary and as a Namespace
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
@@ -67,6 +69,8 @@ def literal(text: Any, *_: Any) -> Any:
     if not isinstance(text, (str, bytes)):
         raise TypeError("expected text")
     try:
+        if len(text) > LONGEST:
+            raise ValueError("too long")
         return _value(ast.parse(text.strip(), mode="eval").body)
     except (ValueError, SyntaxError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
         raise AdminError(f"fairseq would run {_short(text)} as code; it must be a plain value") from error
@@ -77,18 +81,34 @@ def _value(node: ast.AST) -> Any:
         return node.value
     if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
         kind = {ast.List: list, ast.Tuple: tuple, ast.Set: set}[type(node)]
-        return kind(map(_value, node.elts))
+        left = LONGEST
+        values = []
+        for each in node.elts:
+            values.append(_value(each))
+            left -= _size(values[-1])
+            if left < 0:
+                raise ValueError("too long")
+        return kind(values)
     if isinstance(node, ast.Dict):
         return {_value(key): _value(value) for key, value in zip(node.keys, node.values) if key is not None}
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_value(node.operand)
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         left, right = _value(node.left), _value(node.right)
-        lengths = [len(side) if isinstance(side, (str, list, tuple)) else side for side in (left, right)]
-        if lengths != [left, right] and not -1 < OPERATORS[type(node.op)](*lengths) <= LONGEST:
+        sizes = [_size(side) if isinstance(side, (str, bytes, list, tuple)) else side for side in (left, right)]
+        if sizes != [left, right] and not -1 < OPERATORS[type(node.op)](*sizes) <= LONGEST:
             raise ValueError("too long")
         return OPERATORS[type(node.op)](left, right)
     raise ValueError("not a value")
+
+
+def _size(value: Any) -> int:
+    """Of a value, each list's items counted wherever it stands."""
+    if isinstance(value, (str, bytes)):
+        return max(1, len(value))
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    return max(1, sum(map(_size, value))) if isinstance(value, (list, tuple, set)) else 1
 
 
 def _has_form(value: Any, form: str) -> bool:
@@ -150,6 +170,8 @@ class _Settings:
             for key, each in options.items():
                 if not (isinstance(key, int) or key is None or (isinstance(key, str) and key.isprintable())):
                     raise AdminError(f"its {name} have a name that is not text: {_short(key)}")
+                if key in METHODS or str(key).startswith("__"):
+                    raise AdminError(f"its {name} have {_short(key)}, which is no setting")
                 each = FORGOTTEN[key] if self.forgets and key in FORGOTTEN else each
                 kept[key] = self.checked(each, str(key), level + 1)
             if isinstance(value, Namespace):

@@ -13,7 +13,6 @@ import argparse
 import math
 import os
 import pickle
-import tarfile
 import zipfile
 from collections import OrderedDict, defaultdict
 from typing import IO, Any, Callable, ClassVar, Iterable
@@ -108,13 +107,13 @@ class ConfigNode:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.content = state["_content"] if "_content" in state else state.get("_val")
+        if isinstance(self.content, ConfigNode):  # itself, perhaps
+            raise pickle.UnpicklingError("a container of settings is in the place of another's contents")
 
 
 def plain(value: Any) -> Any:
     """Without omegaconf's containers, one level down."""
-    while isinstance(value, ConfigNode):
-        value = value.content
-    return value
+    return value.content if isinstance(value, ConfigNode) else value
 
 
 def _encode(text: str, encoding: str = "utf-8") -> bytes:
@@ -134,6 +133,8 @@ def _key(key: Any) -> Any:
     for each in key if type(key) is tuple else (key,):
         if each is not None and type(each) not in (str, int, bool, float, bytes):
             raise pickle.UnpicklingError("a dictionary has a name that is no text or number")
+        if type(each) is int and each.bit_length() > 64:  # many of them have one hash
+            raise pickle.UnpicklingError("a dictionary has a name of too many digits")
     return key
 
 
@@ -186,7 +187,7 @@ def _tensor(storage: Any, offset: int, size: Any, stride: Any, requires_grad: bo
         raise pickle.UnpicklingError("a tensor's shape is not made of numbers")
     available = len(storage.tensor)
     last = offset + sum((length - 1) * step for length, step in zip(size, stride)) if all(size) else -1
-    if last >= available or math.prod(size) > available:
+    if last >= available or math.prod(size) > available or max(size, default=0) > max(available, EMPTY):
         raise pickle.UnpicklingError(f"a tensor of shape {size} has only {available} numbers in the file")
     tensor = storage.tensor.as_strided(size, stride, offset).data  # of its own, not a view
     return tensor.requires_grad_(requires_grad is True and tensor.is_floating_point())
@@ -230,6 +231,7 @@ _REFUSED = (
 _VALUES = (type(None), bool, int, float, str, bytes, np.generic, torch.dtype)
 _LISTS, _OBJECTS = (list, tuple, set, frozenset), tuple(dict.fromkeys(_MADE.values()))
 BITS, DEEPEST, SHARED = 128, 50, 64  # of an integer; levels; names for the same numbers: embeddings of many languages
+EMPTY = 2**20  # a length beside one of 0
 
 
 def _is_among(value: Any, allowed: tuple[Any, ...]) -> bool:
@@ -357,12 +359,19 @@ def read(file: IO[bytes]) -> Any:
     file.seek(0)
     if start == b"PK":
         state = _read_archive(file, whole)
-    elif isinstance(file.name, str) and tarfile.is_tarfile(file.name):
-        raise pickle.UnpicklingError("a tar archive")
     else:
+        _refuse_tar(file)
         state = _read_in_a_row(file, whole)
     _check_data(state, SHARED * whole)
     return state
+
+
+def _refuse_tar(file: IO[bytes]) -> None:
+    """As torch wrote before 0.2; by its magic alone, since tarfile unpacks whatever it is given."""
+    file.seek(257)
+    if file.read(5) == b"ustar":
+        raise pickle.UnpicklingError("a tar archive")
+    file.seek(0)
 
 
 def _read_archive(file: IO[bytes], whole: int) -> Any:

@@ -13,7 +13,11 @@ import torch
 from fairseq.optim import FairseqOptimizer
 from fairseq.optim.adam import Adam, FairseqAdam
 
+from admin_fairseq.errors import AdminError
+
 logger = logging.getLogger(__name__)
+
+MOMENTS = {"exp_avg", "exp_avg_sq"}
 
 
 class FusedAdam(Adam):
@@ -40,6 +44,21 @@ class FusedAdam(Adam):
             for step, params in by_step.items():
                 self._update(group, step, params)
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """A file's moments may lie in memory in ways that the kernel does not ask about: it would write beside them.
+
+        Raises:
+            AdminError: they are not of their parameters' shapes.
+        """
+        super().load_state_dict(state_dict)
+        for p, state in self.state.items():
+            for name in MOMENTS & state.keys():
+                if getattr(state[name], "shape", None) != p.shape:
+                    raise AdminError(
+                        "its optimizer's state is of another model's weights; --reset-optimizer starts without it"
+                    )
+                state[name] = state[name].contiguous()
 
     def _update(self, group: dict[str, Any], step: int, params: list[torch.nn.Parameter]) -> None:
         beta1, beta2 = group["betas"]

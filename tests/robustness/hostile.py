@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import pickle
 import struct
@@ -149,6 +150,11 @@ GADGETS = {
     "a number in digits": b"I" + b"9" * 5000 + b"\n",
     "a storage": storage(b"K\x10"),
     "a type of storage": name("torch", "FloatStorage"),
+    "a configuration in itself": name("omegaconf.dictconfig", "DictConfig")
+    + b")\x81q\x05}"
+    + text("_content")
+    + b"h\x05sb",
+    "a name of 100 bits": b"}" + number(2**100) + b"K\1s",
     "many levels": b"]" * 100 + b"a" * 99,
     "a module in the old form": b"(" + text("module") + name("os", "system") + text("x") + text("y") + b"K\1tQ",
 }
@@ -158,6 +164,7 @@ TENSORS = {
     "a shape larger than the storage": tensor(bytes_of(16), LONG + b"\x85", K1),
     "a shape by stride 0": tensor(bytes_of(16), LONG + b"\x85", b"K\0\x85"),
     "a start behind the end": tensor(bytes_of(16), K1, K1, offset=LONG),
+    "an empty one of 2**40 rows": tensor(b"K\0", number(2**40) + b"K\0\x86", b"K\0K\1\x86"),
     "a negative start": tensor(bytes_of(16), K1, K1, offset=number(-4)),
     "negative numbers": tensor(number(-1), K1, K1),
     "negative strides": tensor(bytes_of(16), b"K\2\x85", number(-9) + b"\x85"),
@@ -210,6 +217,13 @@ def _tar() -> bytes:
             info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
             file.addfile(info)
     return out.getvalue()
+
+
+def _tar_bomb() -> bytes:
+    """Compressed, with a name of 400 MiB."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 400 << 20
+    return gzip.compress(info.tobuf(tarfile.GNU_FORMAT)) + 41 * gzip.compress(b"\0" * (10 << 20), 1)
 
 
 def _overlapping() -> bytes:
@@ -294,6 +308,7 @@ ARCHIVES: dict[str, Callable[[], bytes]] = {
     ),
     "TorchScript's mark": lambda: archive(GOOD, constants_pkl=SYSTEM),
     "tar": _tar,
+    "a tar bomb": _tar_bomb,
     "half an archive": lambda: archive(GOOD)[:-40],
     "an archive without a state": lambda: archive(GOOD).replace(b"data.pkl", b"atad.pkl"),
     "text": lambda: b"not a checkpoint",

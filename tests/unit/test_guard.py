@@ -189,11 +189,28 @@ def test_literals(text, value):
     assert literal(text) == value
 
 
-@pytest.mark.parametrize("text", ["[0] * 10001", "[0] * -1", "[0] * 1e9", "10 ** 9", "x" * 100])
+@pytest.mark.parametrize(
+    "text", ["[0] * 10001", "[[0] * 101] * 100", "[[0] * 9999, [1, 2]]", "[0] * -1", "[0] * 1e9", "10 ** 9", "x" * 100]
+)
 def test_other_texts_are_named_in_short(text):
     shown = repr(text) if len(text) < 60 else "'" + "x" * 56 + "..."
     with pytest.raises(AdminError, match=rf"^fairseq would run {re.escape(shown)} as code; it must be a plain value$"):
         literal(text)
+
+
+def test_long_texts_are_no_literals():
+    assert literal("1" + " " * 9999) == 1
+    with pytest.raises(AdminError, match=r"^fairseq would run '1  .* as code"):
+        literal("1" + " " * 10000)
+
+
+@pytest.mark.parametrize("name", ["self", "keys", "update", "__class__", "__dict__"])
+def test_names_that_settings_are_read_by(name):
+    values = Namespace()
+    vars(values)[name] = 1
+    for settings in (values, {name: 1}, {"model": {name: 1}}):
+        with pytest.raises(AdminError, match=f"^its .* have '{name}', which is no setting$"):
+            checked(settings)
 
 
 def test_fairseq_evaluates_literals_only(tmp_path):

@@ -85,6 +85,31 @@ def test_fused_adam_is_fairseqs(dtype, tolerance, decay):
 
 
 @needs_fused_adam
+def test_moments_of_a_file_are_never_read_as_others():
+    """The kernel asks neither for their shape nor for their strides."""
+    weight = torch.nn.Parameter(torch.ones(4, 3))
+    found = []
+    for kind in (Adam, FusedAdam):
+        optimizer, moments = kind([torch.nn.Parameter(weight.detach().clone())]), torch.arange(12.0).view(3, 4)
+        state = {0: {"step": 3, "exp_avg": moments.t(), "exp_avg_sq": moments.t() ** 2}}
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        (p,) = optimizer.param_groups[0]["params"]
+        p.grad = torch.ones(4, 3)
+        optimizer.step()
+        found.append(p)
+    torch.testing.assert_close(*found)
+    (entry,) = optimizer.state.values()
+    assert entry["exp_avg"].is_contiguous()
+    groups = optimizer.state_dict()["param_groups"]
+    one = torch.ones(1)[-1:].expand(4, 3)  # of the right shape, in one number's memory
+    optimizer.load_state_dict({"state": {0: {"step": 1, "exp_avg": one, "exp_avg_sq": one}}, "param_groups": groups})
+    assert next(iter(optimizer.state.values()))["exp_avg"].untyped_storage().nbytes() == 48
+    for odd in (torch.ones(3), torch.ones(3, 4), 1.0):
+        with pytest.raises(AdminError, match="is of another model's weights; --reset-optimizer starts without"):
+            optimizer.load_state_dict({"state": {0: {"step": 1, "exp_avg": odd}}, "param_groups": groups})
+
+
+@needs_fused_adam
 @pytest.mark.parametrize("case", ["gradient", "parameter", "slice", "dtypes", "half", "amsgrad", "sparse"])
 def test_what_the_kernel_cannot_do_is_left_to_fairseq(case):
     """Memory in another order, several dtypes, another algorithm: to the bit what fairseq computes, or refuses."""

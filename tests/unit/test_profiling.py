@@ -11,7 +11,7 @@ from fairseq.quantization_utils import quantize_model_scalar
 from tqdm import tqdm
 
 from admin_fairseq import AdminError, Profile, profile, profiling, read_profile, sub_layers
-from admin_fairseq.omega import MARGIN
+from admin_fairseq.omega import MARGIN, set_omega
 from admin_fairseq.profiling import _moments, _variance
 
 NO_DROPOUT = ["--dropout", "0"]
@@ -281,6 +281,20 @@ def test_a_profile_under_another_margin(build, batch):
     assert authors.encoder == pytest.approx([1.0, 13**0.5, 33**0.5]) and authors.decoder == [1.0]
     with pytest.raises(AdminError, match="--admin-margin 9: this profile's encoder omegas"):
         Profile(encoder=[1.0, 0.5], decoder=[1.0]).with_margin(9)
+
+
+def test_an_omega_that_its_dtype_cannot_hold(build):
+    """As of a margin of 1e300, or of 1e5 in fp16."""
+    model, _, _ = build("transformer_admin")
+    norms = list(sub_layers(model.encoder).values())
+    with pytest.raises(
+        AdminError, match=r"^an omega of 1e\+150 is more than float32 holds; take a smaller --admin-marg"
+    ):
+        set_omega(norms, [1.0, 1e150])
+    model.half()
+    set_omega(norms, [65504.0])
+    with pytest.raises(AdminError, match="more than float16 holds"):
+        set_omega(norms, [65505.0])
 
 
 def test_profile_file_is_whole_or_absent(tmp_path, monkeypatch):
