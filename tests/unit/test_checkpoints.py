@@ -409,6 +409,15 @@ def test_forms_of_settings():
     refused("^no model can be built from its settings", files.settings, {"cfg": {"model": {3: 4}}})
 
 
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_weights_as_torch_has_them(tmp_path, count):
+    """An OrderedDict, filled one by one or at once."""
+    weights = OrderedDict((f"w{number}", torch.tensor(number)) for number in range(count))
+    torch.save({"model": weights, "args": None}, tmp_path / "c.pt")
+    read = files.load(str(tmp_path / "c.pt"))["model"]
+    assert type(read) is OrderedDict and read == weights
+
+
 def test_what_is_saved_is_read(tmp_path):
     files.save({"model": {"w": torch.arange(3)}, "args": None}, str(tmp_path / "c.pt"))
     assert files.load(str(tmp_path / "c.pt"))["model"]["w"].tolist() == [0, 1, 2]
