@@ -15,6 +15,7 @@ import hostile
 import numpy as np
 import pytest
 import torch
+from fairseq.logging import meters
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from omegaconf import OmegaConf
 
@@ -407,6 +408,14 @@ def test_forms_of_settings():
     refused("^it holds no settings$", files.settings, {})
     refused("^its settings have names that are not text$", files.settings, {"args": {3: 4}})
     refused("^no model can be built from its settings", files.settings, {"cfg": {"model": {3: 4}}})
+
+
+def test_meters_of_many_names_are_looked_at_once(monkeypatch):
+    seen, meter = [], meters.AverageMeter()
+    monkeypatch.setattr(checks, "_new_meter", lambda name: seen.append(name) or meter)
+    group = [(0, "loss", "AverageMeter", meter.state_dict())]
+    checks.check_progress({"extra_state": {"metrics": dict.fromkeys("abc", group)}})
+    assert seen == ["AverageMeter"]
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])

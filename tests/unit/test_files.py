@@ -219,7 +219,7 @@ def test_another_machine_sees_whether_the_mark_moves(tmp_path, training, elsewhe
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"pid": 1}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"pid": 1}', b"[" * 200_000])
 def test_a_mark_that_says_nothing_is_no_obstacle(tmp_path, elsewhere, content):
     (tmp_path / save_dir.MARK).write_bytes(content)
     save_dir.claim(str(tmp_path))()
