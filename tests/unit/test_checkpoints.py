@@ -418,6 +418,47 @@ def test_meters_of_many_names_are_looked_at_once(monkeypatch):
     assert seen == ["AverageMeter"]
 
 
+LOSS = (0, "loss", "AverageMeter", meters.AverageMeter().state_dict())
+PROGRESS, METERS = "its extra_state does not say how far the training has come", "the meters in its extra_state are not"
+NO_STATE = "its optimizer's state is not that of a torch optimizer"
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"extra_state": None, "last_optimizer_state": None},
+        {"extra_state": {"train_iterator": {"epoch": 1, "shuffle": None}, "metrics": {"a": [LOSS], "b": [LOSS, LOSS]}}},
+        {"last_optimizer_state": {}},
+        {"last_optimizer_state": {"loss_scale": 1.0}},
+        {"last_optimizer_state": {"state": {0: {}}, "param_groups": [{"params": [0]}]}},
+    ],
+)
+def test_what_a_training_goes_on_from(state):
+    checks.check_progress(state)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"extra_state": [1]}, PROGRESS),
+        ({"extra_state": {"train_iterator": [1]}}, PROGRESS),
+        ({"extra_state": {"train_iterator": {"epoch": "1"}}}, PROGRESS),
+        ({"extra_state": {"metrics": [LOSS]}}, METERS),
+        ({"extra_state": {"metrics": {"a": [LOSS], "b": [(*LOSS[:3], None)]}}}, METERS),
+        ({"extra_state": {"metrics": {"a": [(*LOSS[:2], "NoMeter", {})]}}}, METERS),
+        ({"extra_state": {"metrics": {"a": [(*LOSS[:2], "OrderedDict", {})]}}}, METERS),
+        ({"extra_state": {"metrics": {"a": [(*LOSS[:2], "safe_round", {})]}}}, METERS),
+        ({"last_optimizer_state": "Adam's"}, NO_STATE),
+        ({"last_optimizer_state": {"state": {}}}, NO_STATE),
+        ({"last_optimizer_state": {"param_groups": []}}, NO_STATE),
+        ({"last_optimizer_state": {"state": {0: 1}, "param_groups": []}}, NO_STATE),
+    ],
+)
+def test_what_no_training_goes_on_from(state, message):
+    refused(message, checks.check_progress, state)
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_weights_as_torch_has_them(tmp_path, count):
     """An OrderedDict, filled one by one or at once."""

@@ -182,6 +182,10 @@ def test_each_option_by_its_form(name):
         (b"True", True),
         ("[0] * 10000", [0] * 10000),
         ("[0] * 0", []),
+        ("[[0] * 9999, 1]", [[0] * 9999, 1]),
+        ("['a' * 9999, 1]", ["a" * 9999, 1]),
+        ("['', 1] * 5000", ["", 1] * 5000),
+        ("[{1: 2}] * 5000", [{1: 2}] * 5000),
         ("'' * 1", ""),
     ],
 )
@@ -190,7 +194,18 @@ def test_literals(text, value):
 
 
 @pytest.mark.parametrize(
-    "text", ["[0] * 10001", "[[0] * 101] * 100", "[[0] * 9999, [1, 2]]", "[0] * -1", "[0] * 1e9", "10 ** 9", "x" * 100]
+    "text",
+    [
+        "[0] * 10001",
+        "[[0] * 101] * 100",
+        "[[0] * 9999, 1, 2]",
+        "['ab' * 5000, 1]",
+        "[{1: 2}] * 5001",
+        "[0] * -1",
+        "[0] * 1e9",
+        "10 ** 9",
+        "x" * 100,
+    ],
 )
 def test_other_texts_are_named_in_short(text):
     shown = repr(text) if len(text) < 60 else "'" + "x" * 56 + "..."
@@ -204,7 +219,7 @@ def test_long_texts_are_no_literals():
         literal("1" + " " * 10000)
 
 
-@pytest.mark.parametrize("name", ["self", "keys", "update", "__class__", "__dict__"])
+@pytest.mark.parametrize("name", ["self", "keys", "update", "__class__", "__other__"])
 def test_names_that_settings_are_read_by(name):
     values = Namespace()
     vars(values)[name] = 1

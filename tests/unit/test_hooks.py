@@ -252,10 +252,12 @@ def test_what_building_the_optimizer_does(monkeypatch):
     monkeypatch.setattr(hooks, "start_omega", lambda given: order.append(("started", given)))
     monkeypatch.setattr(hooks.fast, "apply_to_trainer", lambda *given: order.append(("fast", *given)))
     monkeypatch.setattr(hooks.save_dir, "claim", lambda folder: order.append(("claimed", folder)))
+    monkeypatch.setattr(hooks, "warn_where_bf16_is_slow", lambda common: order.append(("warned", common)))
     hooks._start_omega_then_build_optimizer(lambda given: order.append(("built", given)), one)
     assert order == [
         ("checked", one.cfg.checkpoint, one.cfg.common),
         ("claimed", "out"),
+        ("warned", one.cfg.common),
         ("started", one),
         ("built", one),
         ("fast", one, "on"),
