@@ -41,6 +41,7 @@ STACK_SHAPES = {
     **{"embed_tokens.weight": ("*", "*"), "embed_positions.weight": ("*", "d")},
     **{"project_in_dim.weight": ("d", "*"), "quant_noise.weight": ("d", "d")},
 }
+NO_PROGRESS = "its extra_state does not say how far the training has come as fairseq does"
 LONGEST = 2**20  # positions; a table of them is made also where none is in the file
 
 
@@ -238,8 +239,16 @@ def check_progress(state: dict[str, Any]) -> None:
     """
     extra = state.get("extra_state") or {}
     iterator = extra.get("train_iterator", {}) if isinstance(extra, dict) else None
-    if not (isinstance(iterator, dict) and all(isinstance(value, (int, type(None))) for value in iterator.values())):
-        raise AdminError("its extra_state does not say how far the training has come as fairseq does")
+    history = state.get("optimizer_history") or []
+    if not (
+        isinstance(iterator, dict) and isinstance(history, list) and all(isinstance(entry, dict) for entry in history)
+    ):
+        raise AdminError(NO_PROGRESS)
+    counts = [*iterator.values(), *(entry.get("num_updates") for entry in history)]
+    if not all(count is None or (isinstance(count, int) and 0 <= count < 2**31) for count in counts):
+        raise AdminError(NO_PROGRESS)
+    if any(isinstance(extra.get(name), (str, bytes, list, tuple, dict)) for name in ("best", "previous_training_time")):
+        raise AdminError(NO_PROGRESS)
     try:
         groups = {id(group): group for group in extra.get("metrics", {}).values()}  # each once, if it has many names
         for group in groups.values():

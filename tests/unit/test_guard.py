@@ -280,7 +280,7 @@ def test_what_fairseq_cannot_upgrade_is_one_line(tmp_path):
     with pytest.raises(
         AdminError, match=r"c\.pt is not a checkpoint that this fairseq reads \(\w+Error: .*\)$"
     ) as error:
-        read_by_fairseq(tmp_path, {"args": Namespace(), "optimizer_history": 3})
+        read_by_fairseq(tmp_path, {"args": Namespace(), "optimizer_history": [{}]})
     assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError):
         checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "none.pt"))
