@@ -59,8 +59,10 @@ def by_update(result: Result) -> dict[int, float]:
     return {update: float(loss.split()[0]) for update, loss in result.losses().items()}
 
 
-@pytest.mark.parametrize(("flags", "is_slow"), [("fpu avx512f", True), ("fpu amx_bf16", False), ("asimd bf16", False)])
-@pytest.mark.parametrize("method", ["admin", "preln"])
+@pytest.mark.parametrize(
+    ("flags", "is_slow", "method"),
+    [("fpu avx512f", True, "preln"), ("fpu amx_bf16", False, "admin"), ("asimd bf16", False, "admin")],
+)
 def test_a_line_where_the_processor_lacks_bf16(data, tmp_path, monkeypatch, caplog, flags, is_slow, method):
     monkeypatch.setattr(family, "CPUINFO", tmp_path / "cpuinfo")
     family.CPUINFO.write_text(f"processor : 0\nflags : {flags} sse2\n")
