@@ -19,6 +19,7 @@ from admin_fairseq.files import writing
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = ROOT / "admin_fairseq"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -31,12 +31,11 @@ from torch import Tensor
 from admin_fairseq import AdminError
 from admin_fairseq.fast import norm as fast_norm
 from admin_fairseq.files import as_csv
-from benchmarks.common import command_line, write
-from benchmarks.tables import markdown
+from benchmarks.common import DTYPES, command_line, write
+from benchmarks.tables import of_rows
 
 Calls = List[Callable[[], object]]
 Row = Dict[str, object]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def stock(f: Tensor, x: Tensor, omega: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float) -> Tensor:
@@ -222,7 +221,7 @@ def main() -> None:
     rows: list[Row] = []
     for measured in (time_on_cpu if args.device == "cpu" else time_as_on_gpu)(args):
         rows += measured
-        table = markdown([list(rows[0]), *([str(value) for value in row.values()] for row in rows)])
+        table = of_rows(rows)
         if args.out:
             text = f"# LN(omega * x + dropout(f))\n\n    {command_line('kernel')}\n\n{table}\n\n{versions(args)}\n"
             write(args.out / "kernel.md", text)

@@ -24,10 +24,10 @@ from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_l
 from torch import Tensor
 
 from admin_fairseq import AdminError
-from admin_fairseq.fast.loss import SmoothedSums
+from admin_fairseq.fast.loss import label_smoothed
 from admin_fairseq.files import as_csv
-from benchmarks.common import command_line, versions_and_hardware, write
-from benchmarks.tables import markdown
+from benchmarks.common import DTYPES, command_line, versions_and_hardware, write
+from benchmarks.tables import of_rows
 
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]  # features, weight, target: the loss, summed over tokens
 EPSILON = 0.1
@@ -40,9 +40,7 @@ def stock(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def ours(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    nll, smooth = SmoothedSums.apply(F.linear(features, weight), target[:, None], PADDING)
-    rest = EPSILON / (weight.size(0) - 1)
-    return (1 - EPSILON - rest) * nll + rest * smooth
+    return label_smoothed(F.linear(features, weight), target, EPSILON, PADDING)[0]
 
 
 def ligers() -> Way:
@@ -81,7 +79,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384], help="%(default)s")
     parser.add_argument("--words", type=int, nargs="+", default=[10000, 32768], help="%(default)s")
     parser.add_argument("--width", type=int, default=512, help="%(default)s")
@@ -93,7 +91,6 @@ def main() -> None:
     on_gpu = args.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise AdminError("torch sees no GPU here; --device cpu runs on the CPU")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
     ways = {"stock": stock, "ours": ours, "torch.compile": torch.compile(stock, dynamic=False)}
     try:
         ways["Liger"] = ligers()
@@ -103,7 +100,7 @@ def main() -> None:
     for words, tokens in itertools.product(args.words, args.tokens):
         torch._dynamo.reset()
         features, weight = torch.randn(tokens, args.width), torch.randn(words, args.width) * args.width**-0.5
-        inputs = [t.to(args.device, dtype).requires_grad_() for t in (features, weight)]
+        inputs = [t.to(args.device, DTYPES[args.dtype]).requires_grad_() for t in (features, weight)]
         inputs.append(torch.randint(PADDING, words, (tokens,), device=args.device))
         found: dict[str, list[dict[str, float]]] = {}
         values: dict[str, list[Tensor]] = {}
@@ -126,7 +123,7 @@ def main() -> None:
             for name, got, wanted in zip(("loss", "features", "weight"), values[way], exact):
                 row[f"error, {name}"] = f"{(got.float() - wanted).norm() / wanted.norm():.1e}"
             rows.append(row)
-        table = markdown([list(rows[0]), *([str(value) for value in row.values()] for row in rows)])
+        table = of_rows(rows)
         where = versions_and_hardware(not on_gpu, 1, torch.get_num_threads())
         text = f"# Projection and label-smoothed cross-entropy\n\n    {command_line('loss')}\n\n{table}\n\n{where}\n"
         if args.out:

@@ -27,8 +27,8 @@ record.md. What follows -- goes to fairseq-train, the same for all methods.
 --gpu-report searches the largest --max-tokens (doubled until memory runs out or the batch stops growing) and the
 fastest of them, at 60-12 and 100-100 or --depths: stock in fp16, Admin in bf16, and so on. What is fastest takes the
 least for an epoch, its updates by the mean of the rounds, since a batch twice as large has not twice the words that are
-not padding; the tokens ratio is that of stock's fastest batch by it. A line that fails is
-named in the table and does not end the others.
+not padding; the tokens ratio is that of stock's fastest batch by it. A line that fails is named in the table and does
+not end the others.
 
 --features has Admin with each faster computation by itself in the place of --methods: what the table in
 admin_fairseq/fast/measured.py is set by.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from typing import Sequence
+from typing import Mapping, Sequence
 
 
 def markdown(rows: Sequence[Sequence[str]], aligned: bool = False) -> str:
@@ -12,6 +12,11 @@ def markdown(rows: Sequence[Sequence[str]], aligned: bool = False) -> str:
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) if aligned else " --- " for width in widths) + "|")
     return "\n".join(lines)
+
+
+def of_rows(rows: Sequence[Mapping[str, object]]) -> str:
+    """A table of rows that all have the first one's columns."""
+    return markdown([list(rows[0]), *([str(value) for value in row.values()] for row in rows)])
 
 
 def number(value: float | None) -> str:

@@ -41,7 +41,6 @@ STACK_SHAPES = {
     **{"embed_tokens.weight": ("*", "*"), "embed_positions.weight": ("*", "d")},
     **{"project_in_dim.weight": ("d", "*"), "quant_noise.weight": ("d", "d")},
 }
-NO_PROGRESS = "its extra_state does not say how far the training has come as fairseq does"
 LONGEST = 2**20  # positions; a table of them is made also where none is in the file
 
 
@@ -237,18 +236,9 @@ def check_progress(state: dict[str, Any]) -> None:
     Raises:
         AdminError: it is not what fairseq writes.
     """
-    extra = state.get("extra_state") or {}
-    iterator = extra.get("train_iterator", {}) if isinstance(extra, dict) else None
-    history = state.get("optimizer_history") or []
-    if not (
-        isinstance(iterator, dict) and isinstance(history, list) and all(isinstance(entry, dict) for entry in history)
-    ):
-        raise AdminError(NO_PROGRESS)
-    counts = [*iterator.values(), *(entry.get("num_updates") for entry in history)]
-    if not all(count is None or (isinstance(count, int) and 0 <= count < 2**31) for count in counts):
-        raise AdminError(NO_PROGRESS)
-    if any(isinstance(extra.get(name), (str, bytes, list, tuple, dict)) for name in ("best", "previous_training_time")):
-        raise AdminError(NO_PROGRESS)
+    extra, history = state.get("extra_state") or {}, state.get("optimizer_history") or []
+    if not _says_how_far(extra, history):
+        raise AdminError("its extra_state does not say how far the training has come as fairseq does")
     try:
         groups = {id(group): group for group in extra.get("metrics", {}).values()}  # each once, if it has many names
         for group in groups.values():
@@ -261,6 +251,20 @@ def check_progress(state: dict[str, Any]) -> None:
         raise AdminError("its optimizer's state is not that of a torch optimizer")
     if optimizer and ("state" in optimizer or "param_groups" in optimizer):
         check_optimizer(optimizer)
+
+
+def _says_how_far(extra: Any, history: Any) -> bool:
+    """Whether what is said of it is of fairseq's types, and counters are small enough to count on."""
+    iterator = extra.get("train_iterator", {}) if isinstance(extra, dict) else None
+    if not isinstance(iterator, dict) or not isinstance(history, list):
+        return False
+    if not all(isinstance(entry, dict) for entry in history):
+        return False
+    counts = [*iterator.values(), *(entry.get("num_updates") for entry in history)]
+    numbers = [extra.get("best"), extra.get("previous_training_time")]
+    return all(count is None or (isinstance(count, int) and 0 <= count < 2**31) for count in counts) and not any(
+        isinstance(number, (str, bytes, list, tuple, dict)) for number in numbers
+    )
 
 
 def _new_meter(name: str) -> meters.Meter:

@@ -40,15 +40,22 @@ def _compute_loss(
     """(loss, negative log-likelihood), each summed over the target tokens without padding."""
     if not reduce or getattr(model.decoder, "adaptive_softmax", None) is not None:
         return type(criterion).compute_loss(criterion, model, net_output, sample, reduce=reduce)
-    start, epsilon = criterion.ignore_prefix_size, criterion.eps
+    start = criterion.ignore_prefix_size
     logits, target = net_output[0][:, start:], model.get_targets(sample, net_output)[:, start:]
-    logits, target = logits.reshape(-1, logits.size(-1)), target.reshape(-1, 1)
-    nll, smooth = SmoothedSums.apply(logits, target, criterion.padding_idx)
+    return label_smoothed(logits.reshape(-1, logits.size(-1)), target.reshape(-1), criterion.eps, criterion.padding_idx)
+
+
+def label_smoothed(logits: Tensor, target: Tensor, epsilon: float, padding: int) -> tuple[Tensor, Tensor]:
+    """(loss, negative log-likelihood), each summed over the rows that are not padding.
+
+    ``logits`` is (tokens, vocabulary), ``target`` (tokens,).
+    """
+    nll, smooth = _Sums.apply(logits, target[:, None], padding)
     rest = epsilon / (logits.size(-1) - 1)
     return (1.0 - epsilon - rest) * nll + rest * smooth, nll
 
 
-class SmoothedSums(torch.autograd.Function):
+class _Sums(torch.autograd.Function):
     """Sums over the rows that are not padding of -log p(target), and of -log p(word) over all words.
 
     ``logits`` is (tokens, vocabulary), ``target`` (tokens, 1).
@@ -122,7 +129,6 @@ def _compiled(
 
 
 def _blocks(logits: Tensor, *others: Tensor) -> Any:
-    rows = max(1, BLOCK * torch.get_num_threads() // logits.size(-1))
-    if logits.device.type != "cpu":
-        rows = max(1, len(logits))
-    return zip(*(each.split(rows) for each in (logits, *others)))
+    on_cpu = logits.device.type == "cpu"
+    rows = BLOCK * torch.get_num_threads() // logits.size(-1) if on_cpu else len(logits)
+    return zip(*(each.split(max(1, rows)) for each in (logits, *others)))
